@@ -1,0 +1,157 @@
+"""All settings, as frozen, strict pydantic models. Imports no jax, so that `jaxslm --help` is instant."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jaxslm.errors import InputError
+
+Positive = Annotated[int, Field(gt=0)]
+Family = Literal["llama", "qwen3"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown fields, wrong types and later changes are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RopeScaling(Settings):
+    """Llama 3's frequency scaling: long wavelengths are divided by `factor`, short ones kept, those between blended."""
+
+    factor: Annotated[float, Field(ge=1)]
+    low_freq_factor: Annotated[float, Field(gt=0)]
+    high_freq_factor: Annotated[float, Field(gt=0)]
+    original_max_positions: Positive
+
+
+class ModelConfig(Settings):
+    """Shape of a decoder. `mlp_width` and `num_kv_heads` are one number for all layers, or one per layer.
+
+    Attributes:
+        family: "qwen3" normalises queries and keys per head; "llama" does not.
+        width: D. head_dim: H. num_kv_heads: K, of each layer. queries_per_kv: G; a layer has N = K * G query heads.
+        mlp_width: F, of each layer. max_positions: the longest row that the weights were trained for, in tokens.
+        tie_embeddings: whether the vocabulary head is the embedding table.
+    """
+
+    family: Family
+    vocab_size: Positive
+    width: Positive
+    num_layers: Positive
+    num_kv_heads: Positive | Annotated[tuple[Positive, ...], Field(strict=False)]
+    queries_per_kv: Positive
+    head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
+    mlp_width: Positive | Annotated[tuple[Positive, ...], Field(strict=False)]
+    max_positions: Positive
+    tie_embeddings: bool
+    rope_theta: Annotated[float, Field(gt=0)]
+    rope_scaling: RopeScaling | None = None
+    norm_eps: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _one_width_per_layer(self) -> Self:
+        for name, value in (("num_kv_heads", self.num_kv_heads), ("mlp_width", self.mlp_width)):
+            if isinstance(value, tuple) and len(value) != self.num_layers:
+                raise ValueError(f"{name} lists {len(value)} layers, num_layers is {self.num_layers}")
+        return self
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are RMS-normalised per head before RoPE."""
+        return self.family == "qwen3"
+
+    @property
+    def kv_heads_by_layer(self) -> tuple[int, ...]:
+        """K of each layer, length L."""
+        return self.num_kv_heads if isinstance(self.num_kv_heads, tuple) else (self.num_kv_heads,) * self.num_layers
+
+    @property
+    def mlp_width_by_layer(self) -> tuple[int, ...]:
+        """F of each layer, length L."""
+        return self.mlp_width if isinstance(self.mlp_width, tuple) else (self.mlp_width,) * self.num_layers
+
+
+class PromptConfig(Settings):
+    """Which prompt a ranker reads. The template's own words live in `jaxslm.prompt`.
+
+    Attributes:
+        template: "qwen3-reranker" (the published prompt of Qwen3-Reranker) or "yes-no" (a plain question).
+        instruction: what relevance means here, in a sentence.
+        max_tokens: longest row in tokens; only the item's body is cut to keep it.
+    """
+
+    template: Literal["qwen3-reranker", "yes-no"]
+    instruction: Annotated[str, Field(min_length=1)] = (
+        "Given a web search query, retrieve relevant passages that answer the query"
+    )
+    max_tokens: Annotated[int, Field(ge=32)] = 2048
+
+
+class RankerConfig(Settings):
+    """What a ranker is, beside its weights and tokenizer: enough to compile its scoring function.
+
+    Attributes:
+        label_token_ids: ids of (no, yes) in the vocabulary; P(yes) = sigmoid(z_yes - z_no).
+    """
+
+    model: ModelConfig
+    prompt: PromptConfig
+    label_token_ids: Annotated[tuple[int, int], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _labels_are_two_rows_of_the_vocabulary(self) -> Self:
+        no, yes = self.label_token_ids
+        if no == yes or not all(0 <= label < self.model.vocab_size for label in (no, yes)):
+            raise ValueError(f"label_token_ids {self.label_token_ids} must be two ids below {self.model.vocab_size}")
+        return self
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def load_toml(path: Path, kind: type[SettingsT], overrides: tuple[str, ...] = ()) -> SettingsT:
+    """Returns the settings of a TOML file after `a.b=value` overrides; a value is read as TOML, else as a string.
+
+    Raises:
+        InputError: no such file, broken TOML, an unknown field or a value against its rule.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: invalid UTF-8 at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: broken TOML ({error})") from None
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(kind, tree, str(path))
+
+
+def validate(kind: type[SettingsT], tree: Any, where: str) -> SettingsT:
+    """Returns `tree` as settings of `kind`; raises InputError with `where`, the field and the rule."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        field = ".".join(str(part) for part in problem["loc"]) or kind.__name__
+        raise InputError(f"{where}: {field}: {problem['msg'].removeprefix('Value error, ')}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        raise InputError(f"--set {override}: must be a.b=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"--set {override}: {key} is a value, not a table")
+    tree[keys[-1]] = value

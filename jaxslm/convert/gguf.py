@@ -1,0 +1,146 @@
+"""GGUF files of the llama and qwen3 architectures, dequantised to float32 by the `gguf` package."""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxslm.config import ModelConfig, RopeScaling
+from jaxslm.convert.hf import read_tokenizer_files
+from jaxslm.convert.tensors import Names, assemble
+from jaxslm.errors import InputError
+from jaxslm.model.decoder import Params
+from jaxslm.model.layers import rope_frequencies
+
+_LAYER = "blk.{i}."
+NAMES = Names(
+    embedding="token_embd.weight",
+    head="output.weight",
+    final_norm="output_norm.weight",
+    attention_norm=_LAYER + "attn_norm.weight",
+    mlp_norm=_LAYER + "ffn_norm.weight",
+    q=_LAYER + "attn_q.weight",
+    k=_LAYER + "attn_k.weight",
+    v=_LAYER + "attn_v.weight",
+    o=_LAYER + "attn_output.weight",
+    q_norm=_LAYER + "attn_q_norm.weight",
+    k_norm=_LAYER + "attn_k_norm.weight",
+    gate=_LAYER + "ffn_gate.weight",
+    up=_LAYER + "ffn_up.weight",
+    down=_LAYER + "ffn_down.weight",
+)
+_ROPE_FACTORS = "rope_freqs.weight"
+# llama.cpp stores Llama 3's RoPE scaling only as its effect; these are the published settings it is matched against.
+_LLAMA3_SCALINGS = tuple(
+    RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+    for factor in (8.0, 32.0)
+)
+
+
+class GGUF:
+    """An opened GGUF file; raises InputError if it is truncated, damaged or of another architecture."""
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        self.path = path
+        try:
+            self._reader = GGUFReader(path)
+            self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from None
+        except (ValueError, IndexError, KeyError) as error:
+            raise InputError(f"{path}: damaged or truncated GGUF ({str(error).splitlines()[0]})") from None
+        self.family = self._field("general.architecture")
+        if self.family not in ("llama", "qwen3"):
+            raise InputError(f"{path}: architecture {self.family!r} is not supported (llama and qwen3 are)")
+
+    @property
+    def quantisation(self) -> str:
+        """The types of the tensors, commonest first, e.g. "Q4_1, F32, Q8_0"."""
+        kinds = [tensor.tensor_type.name for tensor in self._tensors.values()]
+        return ", ".join(sorted(set(kinds), key=lambda kind: (-kinds.count(kind), kind)))
+
+    def read_config(self) -> ModelConfig:
+        """Returns the shape that the metadata states."""
+        N, K = self._setting("attention.head_count"), self._setting("attention.head_count_kv")
+        if isinstance(N, list) or isinstance(K, list) or N % K:
+            raise InputError(f"{self.path}: query heads {N} must be a multiple of key/value heads {K}, equal in all layers")
+        width = int(self._setting("embedding_length"))
+        head_dim = int(self._setting("attention.key_length", width // N))
+        theta = float(self._setting("rope.freq_base", 10000.0))
+        kind = self._setting("rope.scaling.type", "none")
+        if kind != "none":
+            raise InputError(f"{self.path}: rope scaling type {kind!r} is not supported")
+        if NAMES.embedding not in self._tensors:
+            raise InputError(f"{self.path}: tensor {NAMES.embedding} is missing")
+        return ModelConfig(
+            family=self.family,
+            vocab_size=int(self._tensors[NAMES.embedding].shape[1]),
+            width=width,
+            num_layers=int(self._setting("block_count")),
+            num_kv_heads=int(K),
+            queries_per_kv=int(N // K),
+            head_dim=head_dim,
+            mlp_width=int(self._setting("feed_forward_length")),
+            max_positions=int(self._setting("context_length")),
+            tie_embeddings=NAMES.head not in self._tensors,
+            rope_theta=theta,
+            rope_scaling=self._rope_scaling(head_dim, theta),
+            # Stored in 32 bits; the shortest decimal that rounds to it is what the author wrote.
+            norm_eps=float(str(np.float32(self._setting("attention.layer_norm_rms_epsilon")))),
+        )
+
+    def read_params(self, config: ModelConfig) -> Params:
+        """Returns the dequantised parameters in float32; raises InputError as `assemble`."""
+        names = self._tensors.keys() - {_ROPE_FACTORS}
+        return assemble(config, NAMES, names, lambda name: self._read(name, config), jnp.float32, str(self.path))
+
+    def read_tokenizer_files(self) -> dict[str, bytes]:
+        """Returns the tokenizer that the metadata describes, as files of a Hugging Face folder."""
+        from transformers import AutoTokenizer
+
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar over the vocabulary
+                tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        except (ValueError, OSError, KeyError, NotImplementedError) as error:
+            raise InputError(f"{self.path}: no readable tokenizer ({str(error).splitlines()[0]})") from error
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            return read_tokenizer_files(Path(folder))
+
+    def _read(self, name: str, config: ModelConfig) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        try:
+            array = np.asarray(dequantize(tensor.data, tensor.tensor_type))
+        except NotImplementedError:
+            raise InputError(f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which is not supported") from None
+        # llama.cpp interleaves each head's rotated pairs in Q and K of llama models; ours and Hugging Face's are halves.
+        if self.family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            array = array.reshape(-1, config.head_dim // 2, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        return array
+
+    def _rope_scaling(self, head_dim: int, theta: float) -> RopeScaling | None:
+        if _ROPE_FACTORS not in self._tensors:
+            return None
+        factors = np.asarray(self._tensors[_ROPE_FACTORS].data, np.float32)
+        plain = np.asarray(rope_frequencies(head_dim, theta, None))
+        for scaling in _LLAMA3_SCALINGS:
+            if np.allclose(plain / np.asarray(rope_frequencies(head_dim, theta, scaling)), factors, rtol=1e-3):
+                return scaling
+        raise InputError(f"{self.path}: tensor {_ROPE_FACTORS} fits none of Llama 3's published RoPE scalings")
+
+    def _field(self, name: str, default: Any = None) -> Any:
+        field = self._reader.get_field(name)
+        if field is None and default is None:
+            raise InputError(f"{self.path}: metadata {name} is missing")
+        return default if field is None else field.contents()
+
+    def _setting(self, name: str, default: Any = None) -> Any:
+        return self._field(f"{self.family}.{name}", default)

@@ -1,0 +1,58 @@
+"""The decoder: token embedding, layers, final norm. Parameters are a plain pytree with one subtree per layer."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jaxslm.config import ModelConfig
+from jaxslm.model.layers import Layer, RMSNorm
+from jaxslm.model.layout import Layout, Rows
+
+Params = dict[str, Any]
+"""`{"embedding": [V, D], "layers_0": {...}, ..., "final_norm": {"scale": [D]}, "head": [V, D] when untied}`."""
+
+
+class Decoder(nn.Module):
+    """A causal decoder without a head. `dtype` is what matrices compute in; parameters keep their own."""
+
+    config: ModelConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        initial = nn.initializers.normal(stddev=0.02)
+        self.embedding = self.param("embedding", initial, (config.vocab_size, config.width))
+        if not config.tie_embeddings:
+            self.head = self.param("head", initial, (config.vocab_size, config.width))
+        self.layers = [Layer(config, index, self.dtype) for index in range(config.num_layers)]
+        self.final_norm = RMSNorm(config.norm_eps)
+
+    def __call__(self, tokens: Int[Array, "*n"], layout: Layout) -> Float[Array, "*m D"]:
+        """Returns the normed final states of the tokens that the layout reads."""
+        return self.decode(self.embed(tokens), layout)
+
+    def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+        """Returns the tokens' rows of the embedding table in the compute dtype. Cost: a gather."""
+        return jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+
+    def decode(self, x: Float[Array, "*n D"], layout: Layout) -> Float[Array, "*m D"]:
+        """Returns the normed final states of the tokens that the layout reads, from input embeddings."""
+        for layer in self.layers[:-1]:
+            x = layer(x, layout.positions, layout.attend)
+        x = self.layers[-1](x, layout.positions, layout.attend_read, layout.read)
+        return self.final_norm(x)
+
+
+def init_params(config: ModelConfig, key: Key[Array, ""], dtype: jnp.dtype = jnp.float32) -> Params:
+    """Returns random parameters: normal(0.02) matrices, unit norms."""
+    rows = Rows(jnp.ones((1, 1), bool))
+    params = Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), rows)["params"]
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Returns the tree of `init_params` as shapes and dtypes, without allocating: what restore and conversion expect."""
+    return jax.eval_shape(lambda key: init_params(config, key, dtype), jax.random.key(0))

@@ -1,0 +1,136 @@
+"""The parts of a decoder layer, as functional Flax modules: RMSNorm, RoPE, attention, gated MLP, layer.
+
+Linear maps act on any leading axes, written `...`; how tokens see one another is the layout's business
+(`jaxslm.model.layout`), so one body serves padded rows, packed rows and a prefix shared by many items.
+Matrices compute in `dtype` and accumulate in float32; norms, RoPE and softmax are float32.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxslm.config import ModelConfig, RopeScaling
+
+Attend = Callable[[Array, Array, Array], Array]
+"""(queries [..., K, G, H], keys [..., K, H], values [..., K, H]) -> outputs [..., K, G, H]."""
+
+Read = Callable[[Array], Array]
+"""Picks the tokens that a layer computes outputs for: [..., D] -> [..., D]."""
+
+_matrix = nn.initializers.normal(stddev=0.02)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32, returned in the dtype of x (Zhang and Sennrich, 1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = jnp.expand_dims(scale_D.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return (x32 * inverse_rms * scale).astype(x.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, " half"]:
+    """Returns the angle per position of each of the H/2 rotated pairs, float32 (Su et al., 2104.09864).
+
+    With `scaling`, Llama 3's rule: wavelengths above original / low_freq_factor are stretched by `factor`, those below
+    original / high_freq_factor are kept, and those between are blended linearly in 1 / wavelength.
+    """
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequency
+    turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return frequency * (keep + (1 - keep) / scaling.factor)
+
+
+def rotate(x: Float[Array, "*n heads H"], angles: Float[Array, "*n half"]) -> Float[Array, "*n heads H"]:
+    """Returns x with pair (i, i + H/2) of each head turned by its angle: RoPE in the half-split order of Hugging Face."""
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional q/k norm. Mask: `keep_kv_groups` [K], a KV head with its G query heads."""
+
+    config: ModelConfig
+    num_kv_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*n D"], x_read: Float[Array, "*m D"], angles: Array, angles_read: Array, attend: Attend
+    ) -> Float[Array, "*m D"]:
+        config, K = self.config, self.num_kv_heads
+        D, G, H = config.width, config.queries_per_kv, config.head_dim
+        w_q = self.param("q", _matrix, (D, K * G * H)).astype(self.dtype)
+        w_k = self.param("k", _matrix, (D, K * H)).astype(self.dtype)
+        w_v = self.param("v", _matrix, (D, K * H)).astype(self.dtype)
+        w_o = self.param("o", _matrix, (K * G * H, D)).astype(self.dtype)
+        q = (x_read @ w_q).reshape(*x_read.shape[:-1], K * G, H)
+        k = (x @ w_k).reshape(*x.shape[:-1], K, H)
+        v = (x @ w_v).reshape(*x.shape[:-1], K, H)
+        if config.qk_norm:
+            q = RMSNorm(config.norm_eps, name="q_norm")(q)
+            k = RMSNorm(config.norm_eps, name="k_norm")(k)
+        q, k = rotate(q, angles_read), rotate(k, angles)
+        out = attend(q.reshape(*q.shape[:-2], K, G, H), k, v)
+        if self.has_variable("masks", "keep_kv_groups"):
+            keep_K = self.get_variable("masks", "keep_kv_groups").astype(out.dtype)
+            out = out * keep_K.reshape((1,) * (out.ndim - 3) + (K, 1, 1))
+        return out.reshape(*x_read.shape[:-1], K * G * H) @ w_o
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: (silu(x gate) * (x up)) down (Shazeer, 2002.05202). Mask: `keep_neurons` [F]."""
+
+    width: int
+    mlp_width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        w_gate_DF = self.param("gate", _matrix, (self.width, self.mlp_width)).astype(self.dtype)
+        w_up_DF = self.param("up", _matrix, (self.width, self.mlp_width)).astype(self.dtype)
+        w_down_FD = self.param("down", _matrix, (self.mlp_width, self.width)).astype(self.dtype)
+        h = jax.nn.silu(x @ w_gate_DF) * (x @ w_up_DF)
+        if self.has_variable("masks", "keep_neurons"):
+            h = h * jnp.expand_dims(self.get_variable("masks", "keep_neurons").astype(h.dtype), tuple(range(h.ndim - 1)))
+        self.sow("intermediates", "neurons", h)
+        return h @ w_down_FD
+
+
+class Layer(nn.Module):
+    """One decoder layer, pre-norm: x + attention(norm x), then + mlp(norm .). Mask: `keep_layer`, a scalar."""
+
+    config: ModelConfig
+    index: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*n D"], positions: Int[Array, "*n"], attend: Attend, read: Read | None = None
+    ) -> Float[Array, "*m D"]:
+        """Returns the hidden states of the tokens that `read` picks (all without it); keys and values see all tokens."""
+        config = self.config
+        angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(
+            rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling), tuple(range(positions.ndim))
+        )
+        normed = RMSNorm(config.norm_eps, name="attention_norm")(x)
+        x_read, normed_read, angles_read = (x, normed, angles) if read is None else (read(x), read(normed), read(angles))
+        attention = Attention(config, config.kv_heads_by_layer[self.index], self.dtype, name="attention")
+        mlp = GatedMLP(config.width, config.mlp_width_by_layer[self.index], self.dtype, name="mlp")
+        keep = self.get_variable("masks", "keep_layer").astype(x.dtype) if self.has_variable("masks", "keep_layer") else None
+        attended = attention(normed, normed_read, angles, angles_read, attend)
+        h = x_read + (attended if keep is None else attended * keep)
+        fed = mlp(RMSNorm(config.norm_eps, name="mlp_norm")(h))
+        return h + (fed if keep is None else fed * keep)

@@ -1,0 +1,21 @@
+"""Progress bars on stderr, so that stdout keeps its one JSON object."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def console() -> Console:
+    """The console for human text: stderr, looked up at each call so that tests may redirect it."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress(*, transient: bool = True) -> Iterator[Progress]:
+    """Yields a rich Progress with count, elapsed and remaining time; silent when stderr is not a terminal."""
+    screen = console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=transient, disable=not screen.is_terminal) as bar:
+        yield bar

@@ -1,0 +1,154 @@
+"""The prompt as token ids: prefix | query | item | suffix, built in code and never through a rendered template.
+
+The order lets all items of a query share one prefix. Pieces are joined where every byte-level BPE in use splits
+anyway (before a space, after a newline, at a special token), so the ids equal those of the whole text.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tokenizers import Tokenizer
+
+from jaxslm.config import PromptConfig
+from jaxslm.data_files import Item
+from jaxslm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Template:
+    """The fixed words of a prompt. `{instruction}` stands once in `prefix`; labels are single tokens."""
+
+    prefix: str
+    after_query: str
+    suffix: str
+    yes: str
+    no: str
+
+
+TEMPLATES = {
+    # Qwen/Qwen3-Reranker-0.6B's model card, byte for byte: fields are joined by one newline, and the suffix ends in two.
+    "qwen3-reranker": Template(
+        prefix=(
+            "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct"
+            ' provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+            "<Instruct>: {instruction}\n<Query>:"
+        ),
+        after_query="\n<Document>:",
+        suffix="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        yes="yes",
+        no="no",
+    ),
+    # For models that were not trained as rerankers: plain text that a base model continues with " yes" or " no".
+    "yes-no": Template(
+        prefix="{instruction}\nQuery:",
+        after_query="\nDocument:",
+        suffix="\nDoes the document match the query, yes or no? Answer:",
+        yes=" yes",
+        no=" no",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class EncodedRequest:
+    """A query with its items as token ids.
+
+    Attributes:
+        prefix_ids: prompt prefix and query, shared by all items.
+        item_ids: per item its text and the suffix; `prefix_ids + item_ids[j]` is the row of item j.
+        truncated: per item whether its body was cut to keep the row within the prompt's `max_tokens`.
+    """
+
+    prefix_ids: list[int]
+    item_ids: list[list[int]]
+    truncated: list[bool]
+
+
+class Prompt:
+    """Builds rows of token ids for one tokenizer and one prompt configuration."""
+
+    def __init__(self, tokenizer_json: str, config: PromptConfig) -> None:
+        """Args: tokenizer_json: content of a `tokenizer.json`. Raises InputError if a label is not one token."""
+        self.config = config
+        self.template = TEMPLATES[config.template]
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._text_tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        # Text from users is never read as control tokens: "<|im_end|>" in a posting stays twelve characters.
+        self._text_tokenizer.encode_special_tokens = True
+        self.label_token_ids = (self._label_id(self.template.no), self._label_id(self.template.yes))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token id."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """Ids of the words before the query."""
+        return self._ids(self._tokenizer, [self.template.prefix.format(instruction=self.config.instruction)])[0]
+
+    @cached_property
+    def suffix_ids(self) -> list[int]:
+        """Ids of the words after the item; the last one is where the answer is read."""
+        return self._ids(self._tokenizer, [self.template.suffix])[0]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of everything in the prompt that can change a row: template words, settings and label ids."""
+        parts = (vars(self.template), self.config.model_dump(), self.label_token_ids)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, query: str, items: Sequence[str | Item]) -> EncodedRequest:
+        """Returns the rows of one request; does not depend on how items are grouped into requests.
+
+        Args:
+            query: the searcher's words. Never cut.
+            items: texts, or items whose title stands in front of the text. Only text (the body) is cut.
+
+        Raises:
+            InputError: an empty query, no items, an item without text, or no room for an item's body.
+        """
+        if not query.strip():
+            raise InputError("query: must not be empty")
+        if not items:
+            raise InputError("items: a request needs at least one")
+        prefix_ids = self.prefix_ids + self._ids(self._text_tokenizer, [" " + query.strip()], self.template.after_query)[0]
+        fronts, bodies = zip(*(self._front_and_body(number, item) for number, item in enumerate(items)), strict=True)
+        front_ids = self._ids(self._text_tokenizer, fronts)
+        body_ids = self._ids(self._text_tokenizer, bodies)
+        room = self.config.max_tokens - len(prefix_ids) - len(self.suffix_ids)
+        if room < 1:
+            raise InputError(
+                f"query: {len(prefix_ids) - len(self.prefix_ids)} tokens leave no room for an item in a row of"
+                f" max_tokens = {self.config.max_tokens}"
+            )
+        item_ids, truncated = [], []
+        for number, (front, body) in enumerate(zip(front_ids, body_ids, strict=True)):
+            if len(front) >= room:
+                raise InputError(f"item {number}: title of {len(front)} tokens leaves no room for text ({room} in all)")
+            item_ids.append((front + body)[:room] + self.suffix_ids)
+            truncated.append(len(front) + len(body) > room)
+        return EncodedRequest(prefix_ids, item_ids, truncated)
+
+    def _front_and_body(self, number: int, item: str | Item) -> tuple[str, str]:
+        title, body = ("", item) if isinstance(item, str) else (item.title or "", item.text)
+        title, body = title.strip(), body.strip()
+        if not title and not body:
+            raise InputError(f"item {number}: has no text")
+        return (f" {title}\n", body) if title else ("", " " + body)
+
+    def _label_id(self, word: str) -> int:
+        ids = self._ids(self._tokenizer, [word])[0]
+        if len(ids) != 1:
+            raise InputError(f"label {word!r}: must be one token of this tokenizer, is {len(ids)}")
+        return ids[0]
+
+    @staticmethod
+    def _ids(tokenizer: Tokenizer, texts: Sequence[str], after: str = "") -> list[list[int]]:
+        encodings = tokenizer.encode_batch_fast([text + after for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]

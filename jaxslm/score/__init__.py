@@ -1,0 +1,1 @@
+"""Scoring of requests with a loaded ranker."""
