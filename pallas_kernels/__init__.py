@@ -1,0 +1,1 @@
+"""GPU kernels in Pallas (Mosaic GPU), each with an XLA reference; this package depends on JAX alone."""

@@ -1,0 +1,18 @@
+"""Settings of all tests: eight host devices on the CPU, no network."""
+
+import os
+
+# Before anything imports the Hugging Face libraries, which read it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """The random key of a test: always the same."""
+    return jax.random.key(0)
