@@ -28,7 +28,7 @@ class Calibration:
     (Logits of a magnitude above about 36 share the probability 1.0 in float64: rank by logits, not by probabilities.)
 
     Raises:
-        InputError: the scale is not a positive number, the bias is not finite, or the method is unknown.
+        InputError: the scale is not a positive number, or the bias is not finite.
     """
 
     scale: float = 1.0
@@ -36,8 +36,6 @@ class Calibration:
     method: Method = "none"
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise InputError(f"calibration method {self.method!r} is not one of {', '.join(get_args(Method))}")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise InputError(f"calibration scale must be a positive number, not {self.scale}")
         if not math.isfinite(self.bias):
@@ -60,6 +58,8 @@ class Calibration:
         """Returns the calibration that `to_json` wrote. Raises InputError on other fields or values."""
         if set(data) != {"method", "scale", "bias"}:
             raise InputError(f"a calibration has the fields bias, method and scale, not {sorted(data)}")
+        if data["method"] not in get_args(Method):
+            raise InputError(f"calibration method {data['method']!r} is not one of {', '.join(get_args(Method))}")
         for name in ("scale", "bias"):
             if isinstance(data[name], bool) or not isinstance(data[name], int | float):
                 raise InputError(f"calibration {name} must be a number, not {data[name]!r}")

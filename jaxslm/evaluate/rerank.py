@@ -37,6 +37,8 @@ class Report:
         name: of the ranker.
         ranker: its evaluation.
         bm25: BM25's evaluation.
+        random: a random (hash) order of the same candidates: the floor. It is far above 0 where a query has many judged
+            items, because the candidate list holds them all.
         difference: nDCG@10 of the ranker minus BM25's, paired by query.
         queries: evaluated queries.
         queries_available: queries with a relevant item before `limit` took its sample.
@@ -51,6 +53,7 @@ class Report:
     name: str
     ranker: Evaluation
     bm25: Evaluation
+    random: Evaluation
     difference: PairedDifference
     queries: int
     queries_available: int
@@ -76,14 +79,18 @@ class Report:
             "candidates": self.candidates,
             "bm25_ndcg_at_10": self.bm25.estimates["ndcg_at_10"].mean,
             "bm25_ndcg_ci95": [self.bm25.estimates["ndcg_at_10"].low, self.bm25.estimates["ndcg_at_10"].high],
+            "random_ndcg_at_10": self.random.estimates["ndcg_at_10"].mean,
             "ndcg_minus_bm25": self.difference.mean,
             "ndcg_minus_bm25_ci95": [self.difference.low, self.difference.high],
         }
 
     def to_result(self) -> dict[str, Any]:
-        """Returns a result file for `jaxslm report`: {"rows": [BM25, ranker], "conditions": {...}}."""
-        bm25 = {**_row("BM25", self.bm25), "queries": self.queries, "candidates": self.candidates}
-        return {"rows": [bm25, self.to_json()], "conditions": self.conditions()}
+        """Returns a result file for `jaxslm report`: {"rows": [random order, BM25, ranker], "conditions": {...}}."""
+        counts = {"queries": self.queries, "candidates": self.candidates}
+        baselines = [
+            {**_row(name, each), **counts} for name, each in (("random order", self.random), ("BM25", self.bm25))
+        ]
+        return {"rows": [*baselines, self.to_json()], "conditions": self.conditions()}
 
     def conditions(self) -> dict[str, Any]:
         """Returns what the numbers depend on: candidates, sample, conventions."""
@@ -133,10 +140,12 @@ def evaluate_ranker(
     bm25_run = {each.query_id: dict(zip(each.ids, each.bm25.tolist(), strict=True)) for each in lists}
     labels = labels_of(chosen)
     ranker, bm25 = evaluate_run(labels, run), evaluate_run(labels, bm25_run)
+    random = evaluate_run(labels, {query_id: dict.fromkeys(row, 0.0) for query_id, row in run.items()})
     return Report(
         name=name,
         ranker=ranker,
         bm25=bm25,
+        random=random,
         difference=paired_bootstrap(ranker.per_query(), bm25.per_query()),
         queries=len(chosen),
         queries_available=len(eligible),
@@ -171,11 +180,11 @@ def report_table(report: Report) -> Table:
     table.add_column("ranker")
     for label in MEASURES.values():
         table.add_column(label, justify="right", no_wrap=True)
-    for name, evaluation in (("BM25", report.bm25), (report.name, report.ranker)):
+    for name, evaluation in (("random order", report.random), ("BM25", report.bm25), (report.name, report.ranker)):
         cells = (evaluation.estimates[measure] for measure in MEASURES)
         table.add_row(name, *(_interval(each.mean, each.low, each.high) for each in cells))
     difference = report.difference
-    table.add_row("difference", _interval(difference.mean, difference.low, difference.high, sign="+"), "", "")
+    table.add_row("minus BM25", _interval(difference.mean, difference.low, difference.high, sign="+"), "", "")
     return table
 
 

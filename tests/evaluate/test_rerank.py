@@ -40,6 +40,7 @@ def test_an_oracle_is_perfect_and_beats_bm25() -> None:
     report = evaluate_ranker(oracle, QUERIES, ITEMS, k=20)
     assert [estimate.mean for estimate in report.ranker.estimates.values()] == [pytest.approx(1.0)] * 3
     assert 0 < report.bm25.estimates["ndcg_at_10"].mean < 0.9
+    assert 0 < report.random.estimates["ndcg_at_10"].mean < 0.4
     assert report.difference.low > 0
     assert report.queries == 40
     assert 40 * 20 <= report.candidates <= 40 * 23
@@ -86,7 +87,7 @@ def test_result_rows_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["ndcg_ci95"] == [pytest.approx(1.0), pytest.approx(1.0)]
     assert row["items_per_s"] > 0
     result = json.loads(json.dumps(report.to_result()))
-    assert [each["name"] for each in result["rows"]] == ["BM25", "oracle"]
+    assert [each["name"] for each in result["rows"]] == ["random order", "BM25", "oracle"]
     assert result["conditions"]["candidate_list"] == "BM25 top 5 and the judged items"
     screen = Console(file=io.StringIO(), width=140)
     screen.print(report_table(report))
@@ -115,3 +116,8 @@ def test_bad_rankers_and_input() -> None:
         evaluate_ranker(oracle, QUERIES, ITEMS, limit=0)
     with pytest.raises(InputError, match="none of the 0 queries"):
         evaluate_ranker(oracle, [], ITEMS)
+
+
+def test_a_constant_ranker_is_a_random_order() -> None:
+    report = evaluate_ranker(lambda query, items: np.full(len(items), 0.7), QUERIES, ITEMS, k=10)
+    assert report.ranker.estimates == report.random.estimates
