@@ -19,10 +19,15 @@ from jaxslm.errors import InputError
 
 @dataclass(frozen=True)
 class Template:
-    """The fixed words of a prompt. `{instruction}` stands once in `prefix`; labels are single tokens."""
+    """The fixed words of a prompt. `{instruction}` stands once in `prefix`; labels are single tokens.
+
+    `after_query` and `after_item` are tokenised with what stands before them: some tokenizers join a newline to the
+    punctuation in front of it.
+    """
 
     prefix: str
     after_query: str
+    after_item: str
     suffix: str
     yes: str
     no: str
@@ -37,6 +42,7 @@ TEMPLATES = {
             "<Instruct>: {instruction}\n<Query>:"
         ),
         after_query="\n<Document>:",
+        after_item="",
         suffix="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
         yes="yes",
         no="no",
@@ -45,7 +51,8 @@ TEMPLATES = {
     "yes-no": Template(
         prefix="{instruction}\nQuery:",
         after_query="\nDocument:",
-        suffix="\nDoes the document match the query, yes or no? Answer:",
+        after_item="\n",
+        suffix="Does the document match the query, yes or no? Answer:",
         yes=" yes",
         no=" no",
     ),
@@ -77,8 +84,11 @@ class Prompt:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._text_tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
-        # Text from users is never read as control tokens: "<|im_end|>" in a posting stays twelve characters.
+        # Text from users is never read as control tokens: "<|im_end|>" in a posting stays ten characters. Some added
+        # tokens are not marked special but control all the same, as Qwen3's "<think>".
+        tree = json.loads(self._tokenizer.to_str())
+        tree["added_tokens"] = [token | {"special": True} for token in tree["added_tokens"]]
+        self._text_tokenizer = Tokenizer.from_str(json.dumps(tree))
         self._text_tokenizer.encode_special_tokens = True
         self.label_token_ids = (self._label_id(self.template.no), self._label_id(self.template.yes))
 
@@ -108,7 +118,8 @@ class Prompt:
 
         Args:
             query: the searcher's words. Never cut.
-            items: texts, or items whose title stands in front of the text. Only text (the body) is cut.
+            items: texts, or items whose title stands in front of the text; a title alone counts as text. Only text is
+                cut.
 
         Raises:
             InputError: an empty query, no items, an item without text, or no room for an item's body.
@@ -117,22 +128,28 @@ class Prompt:
             raise InputError("query: must not be empty")
         if not items:
             raise InputError("items: a request needs at least one")
-        prefix_ids = self.prefix_ids + self._ids(self._text_tokenizer, [" " + query.strip()], self.template.after_query)[0]
+        prefix_ids = (
+            self.prefix_ids + self._ids(self._text_tokenizer, [" " + query.strip()], self.template.after_query)[0]
+        )
         fronts, bodies = zip(*(self._front_and_body(number, item) for number, item in enumerate(items)), strict=True)
         front_ids = self._ids(self._text_tokenizer, fronts)
-        body_ids = self._ids(self._text_tokenizer, bodies)
+        body_ids = self._ids(self._text_tokenizer, bodies, self.template.after_item)
+        after_item_ids = self._ids(self._text_tokenizer, [self.template.after_item])[0]
         room = self.config.max_tokens - len(prefix_ids) - len(self.suffix_ids)
-        if room < 1:
+        room_if_cut = room - len(after_item_ids)
+        if room_if_cut < 1:
             raise InputError(
                 f"query: {len(prefix_ids) - len(self.prefix_ids)} tokens leave no room for an item in a row of"
                 f" max_tokens = {self.config.max_tokens}"
             )
         item_ids, truncated = [], []
         for number, (front, body) in enumerate(zip(front_ids, body_ids, strict=True)):
-            if len(front) >= room:
+            if len(front) >= room_if_cut:
                 raise InputError(f"item {number}: title of {len(front)} tokens leaves no room for text ({room} in all)")
-            item_ids.append((front + body)[:room] + self.suffix_ids)
-            truncated.append(len(front) + len(body) > room)
+            cut = len(front) + len(body) > room
+            ids = (front + body)[:room_if_cut] + after_item_ids if cut else front + body
+            item_ids.append(ids + self.suffix_ids)
+            truncated.append(cut)
         return EncodedRequest(prefix_ids, item_ids, truncated)
 
     def _front_and_body(self, number: int, item: str | Item) -> tuple[str, str]:
@@ -140,7 +157,7 @@ class Prompt:
         title, body = title.strip(), body.strip()
         if not title and not body:
             raise InputError(f"item {number}: has no text")
-        return (f" {title}\n", body) if title else ("", " " + body)
+        return (f" {title}\n", body) if title and body else ("", f" {title or body}")
 
     def _label_id(self, word: str) -> int:
         ids = self._ids(self._tokenizer, [word])[0]

@@ -27,7 +27,7 @@ QWEN_PATTERN = (
 )
 """How Qwen (and, but for the digits, Llama 3) splits text before BPE: punctuation takes the newlines after it along."""
 
-_WORDS = ("yes", " yes", "no", " no", " the", " job", " python", " developer", " engineer", "the", " é")
+_WORDS = (" yes", " no", " the", " job", " python", " developer", " engineer", " é", "yes", "no", "the")
 _MERGED = (*_WORDS, "\n\n", ".\n", ":\n", "?\n", "!\n", ").", "...", "  ", " (", "12")
 
 
