@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from jaxslm.config import ModelConfig as ModelConfig
     from jaxslm.config import PromptConfig as PromptConfig
     from jaxslm.config import RankerConfig as RankerConfig
-    from jaxslm.convert import convert as convert
     from jaxslm.data_files import Item as Item
     from jaxslm.errors import InputError as InputError
     from jaxslm.score.scorer import Ranker as Ranker
@@ -26,7 +25,6 @@ _HOMES = {
     "Ranker": "jaxslm.score.scorer",
     "RankerConfig": "jaxslm.config",
     "Scores": "jaxslm.score.scorer",
-    "convert": "jaxslm.convert",
     "load": "jaxslm.score.scorer",
     "make_score_fn": "jaxslm.score.scorer",
 }
