@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -52,7 +52,7 @@ class ModelConfig(Settings):
     norm_eps: Annotated[float, Field(gt=0)]
 
     @model_validator(mode="after")
-    def _one_width_per_layer(self) -> Self:
+    def _one_width_per_layer(self) -> "ModelConfig":
         for name, value in (("num_kv_heads", self.num_kv_heads), ("mlp_width", self.mlp_width)):
             if isinstance(value, tuple) and len(value) != self.num_layers:
                 raise ValueError(f"{name} lists {len(value)} layers, num_layers is {self.num_layers}")
@@ -102,7 +102,7 @@ class RankerConfig(Settings):
     label_token_ids: Annotated[tuple[int, int], Field(strict=False)]
 
     @model_validator(mode="after")
-    def _labels_are_two_rows_of_the_vocabulary(self) -> Self:
+    def _labels_are_two_rows_of_the_vocabulary(self) -> "RankerConfig":
         no, yes = self.label_token_ids
         if no == yes or not all(0 <= label < self.model.vocab_size for label in (no, yes)):
             raise ValueError(f"label_token_ids {self.label_token_ids} must be two ids below {self.model.vocab_size}")

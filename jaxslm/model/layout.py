@@ -4,13 +4,14 @@ A layout gives the decoder each token's position, the attention of all layers, a
 which only the tokens that are read need queries, an output projection and an MLP.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+@runtime_checkable
 class Layout(Protocol):
     """Positions, attention and reading of one batch; built inside the traced function from its index arrays."""
 
