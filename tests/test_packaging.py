@@ -71,7 +71,7 @@ def test_eight_cpu_devices() -> None:
         ("jaxslm", ["jax", "transformers"]),
         ("jaxslm.config", ["jax", "transformers"]),
         ("jaxslm.cli", ["jax", "transformers", "datasets"]),
-        ("jaxslm.score", ["datasets", "grain", "jaxslm.train"]),
+        ("jaxslm.score", ["optax", "datasets", "grain", "jaxslm.train"]),
     ],
 )
 def test_import_is_light(module: str, not_imported: list[str]) -> None:
