@@ -1,56 +1,350 @@
-"""The input pipeline. (stub: signatures are final)"""
+"""The input pipeline: from data files to batches of one static shape, the same again after any interruption.
 
-from collections.abc import Iterator
-from typing import Any
+    queries (file, hub) -> seeded order, this host's share -> list or pair by position -> packing -> batch
+
+The order is a permutation by seed and epoch, and a list depends on its position alone. So the whole state of the
+pipeline is a position and the few positions that wait to be packed; `grain`, when installed, builds lists in worker
+processes without changing any batch. The tokeniser comes with the package, so a machine without `datasets` and `grain`
+trains from the same local files in one process: nothing has to be tokenised beforehand.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+from tokenizers import Tokenizer
 
+from jaxslm.data_files import Item
+from jaxslm.errors import InputError
 from jaxslm.prompt import Prompt
-from jaxslm.train.data_settings import DataSettings, PairSettings
+from jaxslm.train.data_settings import DataSettings, PairSettings, SourceSettings
+from jaxslm.train.lists import ListChooser, RankerLists, TokenList, TokenPair, TokenPairs, read_teacher_scores
+from jaxslm.train.sources import Catalogue, Order, Queries, read_catalogue, read_training_queries
 
 Batch = dict[str, np.ndarray]
+LOOKAHEAD = 8
+"""Lists that wait for packing, in batches: more packs tighter and lets a list be overtaken for longer."""
+BUFFER_PER_WORKER = 64
+"""Lists that a worker process builds ahead."""
 
 
-class BatchIterator(Iterator[Batch]):
-    """Batches of one static shape, as dicts of numpy arrays; StopIteration after the last epoch."""
+class Example(Protocol):
+    """What is packed: a list or a pair."""
+
+    @property
+    def position(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+ExampleT = TypeVar("ExampleT", bound=Example)
+ExampleT_co = TypeVar("ExampleT_co", bound=Example, covariant=True)
+
+
+class Examples(Protocol[ExampleT_co]):
+    """Examples by position; `TokenList`s or `TokenPair`s."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> ExampleT_co: ...
+
+
+class BatchIterator(Iterator[Batch], Generic[ExampleT]):
+    """Batches of one static shape, as dicts of numpy arrays; StopIteration after the last epoch.
+
+    Epochs flow into one another: only the very last batches may be less than full.
+    """
+
+    def __init__(
+        self,
+        examples: Examples[ExampleT],
+        queries: Queries,
+        *,
+        lookahead: int,
+        select: Callable[[Sequence[int]], list[int]],
+        collate: Callable[[Sequence[ExampleT]], Batch],
+        tokens_per_batch: int,
+        workers: int,
+        fingerprint: str,
+    ) -> None:
+        """Args: see `ranker_batches`.
+
+        lookahead: how many examples wait. select: from their sizes, oldest first, picks those of the next batch, the
+        oldest among them. collate: makes the batch. fingerprint: names the data and settings in the state.
+        """
+        self._examples, self._queries, self._lookahead = examples, queries, lookahead
+        self._select, self._collate = select, collate
+        self._tokens_per_batch, self._workers, self._fingerprint = tokens_per_batch, workers, fingerprint
+        self._real_tokens = self._batches = 0
+        self._pending: list[ExampleT] = []
+        self._upcoming: Iterator[ExampleT]
+        self._stop_workers: weakref.finalize | None = None
+        self._start(0)
 
     def __next__(self) -> Batch:
-        raise NotImplementedError
+        while len(self._pending) < self._lookahead:
+            example = next(self._upcoming, None)
+            if example is None:
+                break
+            self._pending.append(example)
+            self._position += 1
+        if not self._pending:
+            raise StopIteration
+        chosen = self._select([example.size for example in self._pending])
+        batch = [self._pending[place] for place in chosen]
+        self._pending = [example for place, example in enumerate(self._pending) if place not in set(chosen)]
+        self._batches += 1
+        self._real_tokens += sum(example.size for example in batch)
+        return self._collate(batch)
 
     @property
     def padding_fraction(self) -> float:
-        """Share of padding among all tokens of the batches given out so far (0 before the first)."""
-        raise NotImplementedError
+        """Share of padding among all tokens of the batches given out by this object; 0 before the first."""
+        return 1 - self._real_tokens / (self._batches * self._tokens_per_batch) if self._batches else 0.0
 
     def get_state(self) -> dict[str, Any]:
-        """Small JSON-able dict; `set_state` of it goes on with exactly the batch that would have come next."""
-        raise NotImplementedError
+        """Returns a small JSON-able dict: `set_state` of it goes on with the batch that would have come next."""
+        pending = [example.position for example in self._pending]
+        return {"position": self._position, "pending": pending, "fingerprint": self._fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises InputError when the state is of other data, settings, seed or number of hosts."""
-        raise NotImplementedError
+        """Goes on where `get_state` was called, in this or another process.
+
+        `workers`, `epochs` and the paths of the data may have changed since; nothing else may.
+
+        Raises:
+            InputError: the state is of other data, settings, prompt or number of hosts.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            raise InputError("training data: items, queries, settings, prompt or hosts differ from the saved run's")
+        self._pending = [self._examples[position] for position in state["pending"]]
+        self._start(state["position"])
 
     def query_id(self, list_id: int) -> str:
-        """The query id behind a `list_ids` entry, for error reports."""
-        raise NotImplementedError
+        """Returns the query id behind an entry of "list_ids", for error reports."""
+        return self._queries[list_id].query_id
+
+    def close(self) -> None:
+        """Ends the worker processes, if there are any. Garbage collection and the end of the program do it too."""
+        if self._stop_workers:
+            self._stop_workers()
+
+    def _start(self, position: int) -> None:
+        self.close()
+        self._position = position
+        if self._workers:
+            processes = _Processes(self._examples, position, self._workers)
+            self._upcoming, self._stop_workers = processes, weakref.finalize(self, processes.stop)
+        else:
+            self._upcoming = (self._examples[place] for place in range(position, len(self._examples)))
 
 
-def ranker_batches(settings: DataSettings, prompt: Prompt, *, host: int = 0, hosts: int = 1) -> BatchIterator:
-    """Lists for training a ranker, this host's share of them.
+def ranker_batches(
+    settings: DataSettings, prompt: Prompt, *, host: int = 0, hosts: int = 1
+) -> BatchIterator[TokenList]:
+    """Returns this host's lists for training a ranker, packed flat as `SharedPrefix(prefix, items, M)` reads them.
 
-    {"tokens": int32 [M], "prefix": int32 [R, P] index into M, M where there is none, "items": int32 [R, J, T] likewise,
-     "labels": float32 [R, J], "valid": bool [R, J], "list_ids": int32 [R], -1 for an empty slot}
-    and, with settings.teacher_scores, "teacher": float32 [R, J] log-odds, NaN where the teacher gave none.
-    R lists is a maximum: fewer when M is full. The layout is `SharedPrefix(prefix, items, M)`.
+    A batch is {"tokens": int32 [M], "prefix": int32 [R, P], "items": int32 [R, J, T], "labels": float32 [R, J],
+    "valid": bool [R, J], "list_ids": int32 [R]}. `prefix` and `items` are indices into the tokens, M where there is
+    none; `list_ids` are places in the queries file, -1 in an empty slot; R is the most lists, fewer when M is full.
+    With stored teacher scores also "teacher": float32 [R, J], log-odds, NaN where the teacher gave none. A row's ids
+    equal those of `Prompt.encode`, but for an item's text beyond `max_item_tokens`.
+
+    Raises:
+        InputError: data that cannot be read or breaks a rule (`read_training_queries`), a query longer than
+            `max_prefix_tokens`, shapes that the prompt cannot fill.
     """
-    raise NotImplementedError
+    P, T, suffix = settings.max_prefix_tokens, settings.max_item_tokens, prompt.suffix_ids
+    if len(suffix) >= T:
+        raise InputError(f"max_item_tokens {T}: the prompt's suffix alone has {len(suffix)}")
+    if prompt.config.max_tokens < P + T:
+        raise InputError(f"prompt max_tokens {prompt.config.max_tokens}: less than max_prefix_tokens + {T} = {P + T}")
+
+    def encode_items(items: Sequence[Item]) -> list[list[int]]:
+        rows = prompt.encode("any", items).item_ids
+        return [row[: -len(suffix)][: T - len(suffix)] + suffix for row in rows]
+
+    def encode_query(text: str) -> list[int]:
+        ids = prompt.encode(text, ["any"]).prefix_ids
+        if len(ids) > P:
+            raise InputError(f"{len(ids)} tokens with the prompt's words, max_prefix_tokens is {P}")
+        return ids
+
+    catalogue = read_catalogue(settings, encode_items)
+    queries, judged_rows = read_training_queries(settings, catalogue, encode_query)
+    teacher = None
+    if settings.teacher_requests is not None and settings.teacher_scores is not None:
+        teacher = read_teacher_scores(Path(settings.teacher_requests), Path(settings.teacher_scores))
+    order = Order(settings, len(queries), host, hosts)
+    lists = RankerLists(queries, catalogue, order, ListChooser(settings, catalogue, judged_rows), teacher)
+    return BatchIterator(
+        lists,
+        queries,
+        lookahead=LOOKAHEAD * settings.lists_per_batch,
+        select=lambda sizes: fill(sizes, settings.tokens_per_batch, settings.lists_per_batch),
+        collate=lambda chosen: collate_lists(chosen, settings),
+        tokens_per_batch=settings.tokens_per_batch,
+        workers=settings.workers,
+        fingerprint=_fingerprint(settings, catalogue, len(queries), prompt.sha256, host, hosts),
+    )
 
 
-def pair_batches(settings: PairSettings, tokenizer_json: str, *, host: int = 0, hosts: int = 1) -> BatchIterator:
-    """Pairs for contrastive training, rows of plain text (" " + text) without the prompt's words.
+def pair_batches(
+    settings: PairSettings, tokenizer_json: str, *, host: int = 0, hosts: int = 1
+) -> BatchIterator[TokenPair]:
+    """Returns this host's pairs for contrastive training: rows of plain text, without the prompt's words.
 
-    {"query_tokens": int32 [B, Tq], "query_valid": bool [B, Tq], "item_tokens": int32 [B, Ti], "item_valid": bool [B, Ti],
-     "positive": bool [B, B] item j is relevant to query i; the diagonal is True for real pairs, False for empty rows,
-     "list_ids": int32 [B], -1 for an empty row}
+    A batch is {"query_tokens": int32 [B, Tq], "query_valid": bool [B, Tq], "item_tokens": int32 [B, Ti],
+    "item_valid": bool [B, Ti], "positive": bool [B, B], "list_ids": int32 [B]}. `positive[i, j]`: item j has a label
+    above 0 for query i, so it is no negative. Its diagonal is False, and nothing is learnt, where a query has no such
+    item or a row is empty (`list_ids` -1, no valid token).
+    The text is tokenised as in a prompt: " " + query, " " + title + newline + text.
+
+    Raises:
+        InputError: data that cannot be read or breaks a rule (`read_training_queries`).
     """
-    raise NotImplementedError
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+
+    def encode(texts: Sequence[str], longest: int) -> list[list[int]]:
+        encodings = tokenizer.encode_batch_fast([" " + text for text in texts], add_special_tokens=False)
+        return [encoding.ids[:longest] for encoding in encodings]
+
+    def encode_items(items: Sequence[Item]) -> list[list[int]]:
+        texts = [f"{(item.title or '').strip()}\n{item.text.strip()}".strip() for item in items]
+        if "" in texts:
+            raise InputError(f"item {texts.index('')}: has no text")
+        return encode(texts, settings.max_item_tokens)
+
+    catalogue = read_catalogue(settings, encode_items)
+    queries, _ = read_training_queries(
+        settings, catalogue, lambda text: encode([text.strip()], settings.max_query_tokens)[0]
+    )
+    order = Order(settings, len(queries), host, hosts)
+    B = settings.pairs_per_batch
+    return BatchIterator(
+        TokenPairs(queries, catalogue, order),
+        queries,
+        lookahead=B,
+        select=lambda sizes: list(range(len(sizes))),
+        collate=lambda chosen: collate_pairs(chosen, settings),
+        tokens_per_batch=B * (settings.max_query_tokens + settings.max_item_tokens),
+        workers=settings.workers,
+        fingerprint=_fingerprint(settings, catalogue, len(queries), tokenizer_json, host, hosts),
+    )
+
+
+def fill(sizes: Sequence[int], room: int, most: int) -> list[int]:
+    """Returns places of at most `most` sizes whose sum is at most `room`: the first, then the largest that still fit.
+
+    The first always goes, so that nothing waits longer than there are sizes.
+    """
+    chosen, room = [0], room - sizes[0]
+    for place in sorted(range(1, len(sizes)), key=lambda place: (-sizes[place], place)):
+        if len(chosen) == most:
+            break
+        if sizes[place] <= room:
+            chosen.append(place)
+            room -= sizes[place]
+    return chosen
+
+
+def collate_lists(chosen: Sequence[TokenList], settings: DataSettings) -> Batch:
+    """Returns lists laid end to end, as `ranker_batches` describes."""
+    R, J, M = settings.lists_per_batch, settings.items_per_list, settings.tokens_per_batch
+    batch = {
+        "tokens": np.zeros(M, np.int32),
+        "prefix": np.full((R, settings.max_prefix_tokens), M, np.int32),
+        "items": np.full((R, J, settings.max_item_tokens), M, np.int32),
+        "labels": np.zeros((R, J), np.float32),
+        "valid": np.zeros((R, J), bool),
+        "list_ids": np.full(R, -1, np.int32),
+    }
+    if settings.teacher_scores is not None:
+        batch["teacher"] = np.full((R, J), np.nan, np.float32)
+    used = 0
+    for slot, one in enumerate(chosen):
+        count = len(one.labels)
+        batch["tokens"][used : used + one.size] = one.tokens
+        for row, length in zip((batch["prefix"][slot], *batch["items"][slot, :count]), one.lengths, strict=True):
+            row[:length] = np.arange(used, used + length, dtype=np.int32)
+            used += length
+        batch["labels"][slot, :count] = one.labels
+        batch["valid"][slot, :count] = True
+        batch["list_ids"][slot] = one.index
+        if one.teacher is not None:
+            batch["teacher"][slot, :count] = one.teacher
+    return batch
+
+
+def collate_pairs(chosen: Sequence[TokenPair], settings: PairSettings) -> Batch:
+    """Returns pairs as padded rows, as `pair_batches` describes."""
+    B = settings.pairs_per_batch
+    batch: Batch = {"positive": np.zeros((B, B), bool), "list_ids": np.full(B, -1, np.int32)}
+    for name, T in (("query", settings.max_query_tokens), ("item", settings.max_item_tokens)):
+        batch[f"{name}_tokens"] = np.zeros((B, T), np.int32)
+        batch[f"{name}_valid"] = np.zeros((B, T), bool)
+    item_rows = np.array([pair.item_row for pair in chosen])
+    for slot, pair in enumerate(chosen):
+        for name, tokens in (("query", pair.query), ("item", pair.item)):
+            batch[f"{name}_tokens"][slot, : len(tokens)] = tokens
+            batch[f"{name}_valid"][slot, : len(tokens)] = True
+        batch["positive"][slot, : len(chosen)] = np.isin(item_rows, pair.relevant)
+        batch["list_ids"][slot] = pair.index
+    return batch
+
+
+class _From(Generic[ExampleT]):
+    """Examples from a position on, as the random-access source that grain reads."""
+
+    def __init__(self, examples: Examples[ExampleT], start: int) -> None:
+        self._examples, self._start = examples, start
+
+    def __len__(self) -> int:
+        return max(0, len(self._examples) - self._start)
+
+    def __getitem__(self, place: int) -> ExampleT:
+        return self._examples[self._start + place]
+
+
+class _Processes(Iterator[ExampleT]):
+    """The examples from `start` on, in order, built by grain in worker processes."""
+
+    def __init__(self, examples: Examples[ExampleT], start: int, workers: int) -> None:
+        try:
+            import grain
+            from absl import flags
+        except ModuleNotFoundError:
+            raise InputError("workers: more than 0 needs the package `grain` (pip install 'jaxslm[train]')") from None
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own and fails in programs that parse none
+        # The default options read with 16 threads, which is ten times slower for sources in memory.
+        in_process = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=BUFFER_PER_WORKER)
+        dataset = grain.MapDataset.source(_From(examples, start)).to_iter_dataset(in_process).mp_prefetch(processes)
+        self._iterator: Any = iter(dataset)
+
+    def __next__(self) -> ExampleT:
+        example: ExampleT = next(self._iterator)
+        return example
+
+    def stop(self) -> None:
+        """Ends the processes and lets grain's iterator go, which complains if it is still there at the program's end."""
+        self._iterator.close()
+        self._iterator = iter(())
+
+
+def _fingerprint(
+    settings: SourceSettings, catalogue: Catalogue, queries: int, prompt: str, host: int, hosts: int
+) -> str:
+    """Hash of all that decides which batches come in which order; not of paths, epochs and workers."""
+    digest = hashlib.sha256(repr((catalogue.row_of, queries, prompt, host, hosts)).encode())
+    elsewhere = {"items", "queries", "teacher_requests", "teacher_scores", "epochs", "workers"}
+    digest.update(settings.model_dump_json(exclude=elsewhere).encode())
+    return digest.hexdigest()[:16]
