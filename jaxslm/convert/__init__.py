@@ -2,22 +2,31 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from jaxslm.atomic import refuse_existing
 from jaxslm.checkpoint import Manifest, save_checkpoint
-from jaxslm.config import PromptConfig, RankerConfig
+from jaxslm.config import PromptConfig, RankerConfig, validate
 from jaxslm.errors import InputError
 from jaxslm.prompt import Prompt
 
 __all__ = ["convert"]
 
 
-def convert(source: str, out: Path, prompt: PromptConfig | None = None) -> Manifest:
+def convert(
+    source: str,
+    out: Path,
+    *,
+    template: Literal["qwen3-reranker", "yes-no"] | None = None,
+    instruction: str | None = None,
+    max_tokens: int | None = None,
+) -> Manifest:
     """Makes a checkpoint from a Hugging Face folder, a hub id or a .gguf file; returns its manifest.
 
     Args:
         source: a folder, a file that ends in .gguf, or `owner/name` of the Hugging Face hub.
-        prompt: by default the Qwen3-Reranker prompt for the qwen3 family, else the plain yes/no prompt.
+        template: by default the Qwen3-Reranker prompt for the qwen3 family, else the plain yes/no prompt.
+        instruction, max_tokens: of the prompt; see `PromptConfig`.
 
     Raises:
         InputError: `out` exists, or the source is missing, damaged or of a kind that is not supported.
@@ -38,7 +47,13 @@ def convert(source: str, out: Path, prompt: PromptConfig | None = None) -> Manif
         model, tokenizer_files = read_config(folder), read_tokenizer_files(folder)
         params = read_params(folder, model)
         origin = f"{path.name if path.is_dir() else source} (Hugging Face)"
-    prompt = prompt or PromptConfig(template="qwen3-reranker" if model.family == "qwen3" else "yes-no")
+    settings = {
+        "template": template or ("qwen3-reranker" if model.family == "qwen3" else "yes-no"),
+        "instruction": instruction,
+        "max_tokens": max_tokens,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    prompt = validate(PromptConfig, settings, "prompt")
     built = Prompt(tokenizer_files["tokenizer.json"].decode(), prompt)
     if built.vocab_size > model.vocab_size:
         raise InputError(f"{source}: the tokenizer has {built.vocab_size} ids, the model {model.vocab_size} rows")

@@ -44,10 +44,11 @@ def attention_flops_per_pair(config: ModelConfig) -> int:
 
 
 def last_layer_savings(config: ModelConfig, tokens: int, read: int) -> int:
-    """Returns the linear FLOPs that reading only `read` of `tokens` tokens saves in the last layer: q, o and the MLP."""
+    """Returns the linear FLOPs saved in the last layer (q, o, MLP) when `read` of `tokens` tokens are read."""
     last = config.num_layers - 1
     K = config.kv_heads_by_layer[last]
-    weights = 2 * config.width * K * config.queries_per_kv * config.head_dim + 3 * config.width * config.mlp_width_by_layer[last]
+    q_and_o = 2 * config.width * K * config.queries_per_kv * config.head_dim
+    weights = q_and_o + 3 * config.width * config.mlp_width_by_layer[last]
     return 2 * weights * (tokens - read)
 
 
@@ -73,5 +74,5 @@ def scoring_flops(config: ModelConfig, prefix_tokens: int, item_tokens: int, ite
 
 
 def scoring_bytes(config: ModelConfig, tokens: int, bytes_per_number: int) -> int:
-    """Returns the least bytes a forward pass of `tokens` tokens moves: every layer weight once, an embedding row per token."""
+    """Returns the least bytes a forward pass of `tokens` tokens moves: each layer weight once, a row per token."""
     return bytes_per_number * (count_parameters(config).non_embedding + tokens * config.width)

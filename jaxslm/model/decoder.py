@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxslm.config import ModelConfig
@@ -16,10 +17,14 @@ Params = dict[str, Any]
 
 
 class Decoder(nn.Module):
-    """A causal decoder without a head. `dtype` is what matrices compute in; parameters keep their own."""
+    """A causal decoder without a head. `dtype` is what matrices compute in; parameters keep their own.
+
+    `remat`: a backward pass computes each layer's activations again instead of keeping them.
+    """
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def setup(self) -> None:
         config = self.config
@@ -27,7 +32,8 @@ class Decoder(nn.Module):
         self.embedding = self.param("embedding", initial, (config.vocab_size, config.width))
         if not config.tie_embeddings:
             self.head = self.param("head", initial, (config.vocab_size, config.width))
-        self.layers = [Layer(config, index, self.dtype) for index in range(config.num_layers)]
+        layer = nn.remat(Layer, static_argnums=(3, 4)) if self.remat else Layer  # attend and read are functions
+        self.layers = [layer(config, index, self.dtype) for index in range(config.num_layers)]
         self.final_norm = RMSNorm(config.norm_eps)
 
     def __call__(self, tokens: Int[Array, "*n"], layout: Layout) -> Float[Array, "*m D"]:
@@ -41,18 +47,18 @@ class Decoder(nn.Module):
     def decode(self, x: Float[Array, "*n D"], layout: Layout) -> Float[Array, "*m D"]:
         """Returns the normed final states of the tokens that the layout reads, from input embeddings."""
         for layer in self.layers[:-1]:
-            x = layer(x, layout.positions, layout.attend)
+            x = layer(x, layout.positions, layout.attend, None)
         x = self.layers[-1](x, layout.positions, layout.attend_read, layout.read)
         return self.final_norm(x)
 
 
-def init_params(config: ModelConfig, key: Key[Array, ""], dtype: jnp.dtype = jnp.float32) -> Params:
+def init_params(config: ModelConfig, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
     """Returns random parameters: normal(0.02) matrices, unit norms."""
     rows = Rows(jnp.ones((1, 1), bool))
     params = Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), rows)["params"]
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
-    """Returns the tree of `init_params` as shapes and dtypes, without allocating: what restore and conversion expect."""
+def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
+    """Returns the tree of `init_params` as shapes and dtypes: what restore and conversion expect."""
     return jax.eval_shape(lambda key: init_params(config, key, dtype), jax.random.key(0))

@@ -8,7 +8,7 @@ from jaxslm.model.decoder import Params
 
 def vocab_rows(params: Params) -> Float[Array, "V D"]:
     """The vocabulary head: `head`, or the embedding table when they are tied."""
-    return params.get("head", params["embedding"])
+    return params["head"] if "head" in params else params["embedding"]
 
 
 def label_rows(params: Params, label_token_ids: tuple[int, int]) -> Float[Array, "2 D"]:

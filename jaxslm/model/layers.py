@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxslm.config import ModelConfig, RopeScaling
@@ -24,7 +25,7 @@ _matrix = nn.initializers.normal(stddev=0.02)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32, returned in the dtype of x (Zhang and Sennrich, 1910.07467)."""
+    """x / rms(x) * scale over the last axis, in float32, returned in x's dtype (Zhang and Sennrich, 1910.07467)."""
 
     eps: float
 
@@ -53,7 +54,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def rotate(x: Float[Array, "*n heads H"], angles: Float[Array, "*n half"]) -> Float[Array, "*n heads H"]:
-    """Returns x with pair (i, i + H/2) of each head turned by its angle: RoPE in the half-split order of Hugging Face."""
+    """Returns x with pair (i, i + H/2) of each head turned by its angle: RoPE, half-split as in Hugging Face."""
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -64,7 +65,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     num_kv_heads: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         q, k = rotate(q, angles_read), rotate(k, angles)
         out = attend(q.reshape(*q.shape[:-2], K, G, H), k, v)
         if self.has_variable("masks", "keep_kv_groups"):
-            keep_K = self.get_variable("masks", "keep_kv_groups").astype(out.dtype)
+            keep_K: Array = self.get_variable("masks", "keep_kv_groups").astype(out.dtype)
             out = out * keep_K.reshape((1,) * (out.ndim - 3) + (K, 1, 1))
         return out.reshape(*x_read.shape[:-1], K * G * H) @ w_o
 
@@ -95,7 +96,7 @@ class GatedMLP(nn.Module):
 
     width: int
     mlp_width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
@@ -104,7 +105,8 @@ class GatedMLP(nn.Module):
         w_down_FD = self.param("down", _matrix, (self.mlp_width, self.width)).astype(self.dtype)
         h = jax.nn.silu(x @ w_gate_DF) * (x @ w_up_DF)
         if self.has_variable("masks", "keep_neurons"):
-            h = h * jnp.expand_dims(self.get_variable("masks", "keep_neurons").astype(h.dtype), tuple(range(h.ndim - 1)))
+            keep_F: Array = self.get_variable("masks", "keep_neurons").astype(h.dtype)
+            h = h * jnp.expand_dims(keep_F, tuple(range(h.ndim - 1)))
         self.sow("intermediates", "neurons", h)
         return h @ w_down_FD
 
@@ -114,23 +116,23 @@ class Layer(nn.Module):
 
     config: ModelConfig
     index: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "*n D"], positions: Int[Array, "*n"], attend: Attend, read: Read | None = None
     ) -> Float[Array, "*m D"]:
-        """Returns the hidden states of the tokens that `read` picks (all without it); keys and values see all tokens."""
+        """Returns the states of the tokens that `read` picks (all without it); keys and values are of all tokens."""
         config = self.config
         angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(
             rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling), tuple(range(positions.ndim))
         )
         normed = RMSNorm(config.norm_eps, name="attention_norm")(x)
-        x_read, normed_read, angles_read = (x, normed, angles) if read is None else (read(x), read(normed), read(angles))
+        x_read, normed_read, angles_read = (each if read is None else read(each) for each in (x, normed, angles))
         attention = Attention(config, config.kv_heads_by_layer[self.index], self.dtype, name="attention")
         mlp = GatedMLP(config.width, config.mlp_width_by_layer[self.index], self.dtype, name="mlp")
-        keep = self.get_variable("masks", "keep_layer").astype(x.dtype) if self.has_variable("masks", "keep_layer") else None
-        attended = attention(normed, normed_read, angles, angles_read, attend)
-        h = x_read + (attended if keep is None else attended * keep)
-        fed = mlp(RMSNorm(config.norm_eps, name="mlp_norm")(h))
-        return h + (fed if keep is None else fed * keep)
+        keep: Array | float = 1.0
+        if self.has_variable("masks", "keep_layer"):
+            keep = self.get_variable("masks", "keep_layer").astype(x.dtype)
+        h = x_read + keep * attention(normed, normed_read, angles, angles_read, attend)
+        return h + keep * mlp(RMSNorm(config.norm_eps, name="mlp_norm")(h))

@@ -116,7 +116,7 @@ class SharedPrefix:
         self.positions = jnp.concatenate([in_prefix.reshape(-1), in_items.reshape(-1)])[self._unfolded_M]
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """[M, K, G, H] -> [M, K, G, H]: causal inside each prefix; items over their prefix and causally over themselves."""
+        """[M, K, G, H] -> [M, K, G, H]: causal in each prefix; items over their prefix and, causally, themselves."""
         k_RPKH, v_RPKH = self._unfold(k, self._prefix_RP), self._unfold(v, self._prefix_RP)
         P, T = self._prefix_RP.shape[1], self._items_RJT.shape[2]
         prefix_mask = jnp.tril(jnp.ones((P, P), bool))[None]

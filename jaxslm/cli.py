@@ -1,0 +1,143 @@
+"""The command line: human text on stderr, one JSON object as the last line of stdout.
+
+Exit codes: 0 done, 2 wrong usage or bad input (one clear line on stderr), 1 anything else. Verbs import what they need
+when they run, so that `--help` is instant.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from jaxslm.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train, prune, compress and serve small language models as relevance rankers.",
+)
+
+Checkpoint = Annotated[Path, typer.Option("--model", help="A checkpoint folder.")]
+NewPath = Annotated[Path, typer.Option("--out", help="Where to write; must not exist.")]
+
+
+def main() -> None:
+    """Runs the command line and exits with its code."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="jaxslm", standalone_mode=False) or 0
+    except InputError as error:
+        code = _fail(str(error))
+    except typer.TyperException as error:
+        code = _fail(getattr(error, "format_message", error.__str__)())
+    except ModuleNotFoundError as error:
+        code = _fail(f"this verb needs the package {error.name!r}: pip install 'jaxslm[train]'")
+    sys.exit(code)
+
+
+def _fail(message: str) -> int:
+    print("jaxslm: error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _answer(result: dict[str, Any]) -> None:
+    print(json.dumps(result), flush=True)
+
+
+@app.command("fetch-demo")
+def fetch_demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder to fill, or to complete.")],
+) -> None:
+    """Download a real model and real job data (about 300 MB), checked by sha256.
+
+    Example: jaxslm fetch-demo --out demo
+    """
+    from jaxslm.demo import fetch_demo as run
+
+    _answer(run(out))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Option("--from", help="Hugging Face folder, hub id (owner/name) or .gguf file.")],
+    out: NewPath,
+    prompt: Annotated[
+        Literal["qwen3-reranker", "yes-no"] | None,
+        typer.Option(help="Prompt template; by default qwen3-reranker for the qwen3 family, else yes-no."),
+    ] = None,
+    instruction: Annotated[str | None, typer.Option(help="What relevance means, in a sentence.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest row; item bodies are cut to keep it.")] = None,
+) -> None:
+    """Make a checkpoint from a Hugging Face folder, a hub id or a .gguf file.
+
+    Example: jaxslm convert --from demo/model/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
+    """
+    from jaxslm.convert import convert as run
+
+    manifest = run(source, out, template=prompt, instruction=instruction, max_tokens=max_tokens)
+    _answer({"checkpoint": str(out), "source": manifest.source, "params_sha256": manifest.params_sha256})
+
+
+@app.command()
+def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")]) -> None:
+    """Show a checkpoint's shape, parameters, cost per token and lineage.
+
+    Example: jaxslm inspect smollm2
+    """
+    from jaxslm.inspect import describe, print_card
+
+    card = describe(checkpoint)
+    print_card(card)
+    _answer(card)
+
+
+@app.command()
+def score(
+    model: Checkpoint,
+    input_file: Annotated[Path, typer.Option("--input", help='JSON Lines: {"query": ..., "items": [{"text": ...}]}')],
+    output: Annotated[Path, typer.Option("--output", help="JSON Lines to write; must not exist.")],
+) -> None:
+    """Score items against queries: P(yes) and log-odds per item, in input order.
+
+    Example: jaxslm score --model smollm2 --input requests.jsonl --output scores.jsonl
+    """
+    from jaxslm.score.files import score_file
+
+    _answer(score_file(model, input_file, output))
+
+
+@app.command("eval")
+def evaluate(
+    model: Checkpoint,
+    data: Annotated[Path, typer.Option("--data", help="Folder with items.jsonl and the split's queries.")],
+    split: Annotated[str, typer.Option(help="Queries to use: DATA/SPLIT.jsonl or .parquet.")] = "dev",
+    candidates: Annotated[int, typer.Option(min=0, help="BM25 candidates per query, beside the judged items.")] = 50,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many queries, a fixed sample.")] = None,
+    run_out: Annotated[Path | None, typer.Option("--run-out", help="Write a TREC run; must not exist.")] = None,
+) -> None:
+    """Re-rank BM25 candidates and report nDCG@10, MRR@10 and Recall@10 beside BM25's own.
+
+    Example: jaxslm eval --model smollm2 --data demo/jobs --split bls --limit 20
+    """
+    from jaxslm.evaluate.checkpoints import evaluate_checkpoint
+
+    _answer(evaluate_checkpoint(model, data, split, candidates=candidates, limit=limit, run_out=run_out))
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Working folder; what is done is reused.")] = Path("quickstart"),
+) -> None:
+    """Fetch a real model and real postings, score and evaluate them: a few minutes on a laptop.
+
+    Example: jaxslm quickstart --out quickstart
+    """
+    from jaxslm.quickstart import run
+
+    _answer(run(out))
+
+
+if __name__ == "__main__":
+    main()

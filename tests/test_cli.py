@@ -1,0 +1,196 @@
+"""The command line: one JSON object last on stdout, exit 2 and one line for bad input, nothing lost or half-written."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jaxslm
+from jaxslm import cli
+from tests.tiny import tiny_checkpoint, tiny_config, write_hf_folder
+
+Run = Callable[..., tuple[int, dict[str, Any] | None, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "ranker", tiny_config(max_positions=512), max_tokens=512)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line in this process: (exit code, last stdout line as JSON or None, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, dict[str, Any] | None, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxslm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        printed = capsys.readouterr()
+        lines = printed.out.splitlines()
+        code = exit_.value.code
+        assert isinstance(code, int)
+        return code, json.loads(lines[-1]) if lines and code == 0 else None, printed.err
+
+    return run
+
+
+def write_requests(path: Path, *requests: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(request) + "\n" for request in requests), encoding="utf-8")
+    return path
+
+
+def write_data(folder: Path) -> Path:
+    """A folder of four items and three judged queries."""
+    folder.mkdir()
+    words = ("python", "truck", "nurse", "baker")
+    items = [{"id": f"i{n}", "title": word, "text": f"Works as a {word} every day."} for n, word in enumerate(words)]
+    queries = [
+        {"query_id": f"q{n}", "query": f"{word} work", "items": [{"id": f"i{n}", "label": 1.0}]}
+        for n, word in enumerate(words[:3])
+    ]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "dev.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    return folder
+
+
+def test_score_writes_what_the_library_returns(run: Run, model: Path, tmp_path: Path) -> None:
+    texts = ["Writes python.", "Drives a truck.", "x" * 3000]
+    requests = write_requests(
+        tmp_path / "in.jsonl",
+        {"query": "python developer", "items": [{"text": text} for text in texts]},
+        {"query": "driver", "items": [{"id": "only", "text": "Drives."}]},
+    )
+    code, summary, stderr = run("score", "--model", model, "--input", requests, "--output", tmp_path / "out.jsonl")
+    assert code == 0
+    assert summary is not None
+    assert (summary["requests"], summary["items"], summary["truncated"]) == (2, 4, 1)
+    assert "1 of 4 items were cut" in stderr
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    ranker = jaxslm.load(model)
+    np.testing.assert_allclose(first["scores"], ranker.score("python developer", texts), atol=1e-6)
+    assert first["truncated"] == [False, False, True]
+    logits = np.array(second["logits"])
+    np.testing.assert_allclose(second["scores"], 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+
+GOOD = '{"query": "q", "items": [{"text": "t"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no records"),
+        (b'{"query": "q", "items": []}\n', "line 1: items"),
+        (b'{"query": " ", "items": [{"text": "t"}]}\n', "line 1: query: must not be empty"),
+        (GOOD.encode() + b'{"query": "q", "items": [{"text": "\xff"}]}\n', "line 2: invalid UTF-8"),
+        (GOOD.encode() * 2 + b'{"query": "q", "items": \n', "line 3: broken JSON"),
+        (b'{"query": "q", "items": [{"id": "a"}]}\n', "items.0.text: must not be empty"),
+        (b'{"query": "q", "items": [{"text": ""}]}\n', "items.0.text: must not be empty"),
+        (b'{"query": "q", "items": [{"text": "t", "grade": 1}]}\n', "line 1: items.0.grade"),
+        (b'{"query": "q", "items": [{"text": 3}]}\n', "line 1: items.0.text"),
+        (b"[" * 100_000 + b"\n", "line 1: broken JSON"),
+        (json.dumps({"query": "q " * 500_000, "items": [{"text": "t"}]}).encode(), "leave no room"),
+    ],
+    ids=lambda value: None if isinstance(value, bytes) else value.replace(" ", "-"),
+)
+def test_a_bad_request_file_is_named_and_nothing_is_written(
+    run: Run, model: Path, tmp_path: Path, content: bytes, said: str
+) -> None:
+    requests = tmp_path / "in.jsonl"
+    requests.write_bytes(content)
+    code, _, stderr = run("score", "--model", model, "--input", requests, "--output", tmp_path / "out.jsonl")
+    assert code == 2
+    assert said in stderr
+    assert len(stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_text_of_a_million_characters_is_cut_and_reported(run: Run, model: Path, tmp_path: Path) -> None:
+    requests = write_requests(tmp_path / "in.jsonl", {"query": "q", "items": [{"text": "word " * 200_000}]})
+    code, summary, _ = run("score", "--model", model, "--input", requests, "--output", tmp_path / "out.jsonl")
+    assert code == 0
+    assert summary is not None
+    assert summary["truncated"] == 1
+
+
+def test_existing_outputs_are_kept(run: Run, model: Path, tmp_path: Path) -> None:
+    requests = write_requests(tmp_path / "in.jsonl", {"query": "q", "items": [{"text": "t"}]})
+    existing = tmp_path / "existing"
+    existing.write_text("precious")
+    source = write_hf_folder(tmp_path / "hf", tiny_config())
+    data = write_data(tmp_path / "data")
+    for arguments in (
+        ("score", "--model", model, "--input", requests, "--output", existing),
+        ("convert", "--from", source, "--out", existing),
+        ("eval", "--model", model, "--data", data, "--run-out", existing),
+    ):
+        code, _, stderr = run(*arguments)
+        assert code == 2
+        assert f"{existing} exists" in stderr
+        assert existing.read_text() == "precious"
+
+
+def test_convert_inspect_and_score_agree_on_the_model(run: Run, tmp_path: Path) -> None:
+    source = write_hf_folder(tmp_path / "hf", tiny_config())
+    code, made, _ = run("convert", "--from", source, "--out", tmp_path / "ckpt", "--max-tokens", 128)
+    assert code == 0
+    code, card, stderr = run("inspect", tmp_path / "ckpt")
+    assert code == 0
+    assert made is not None
+    assert card is not None
+    assert card["params_sha256"] == made["params_sha256"]
+    assert card["prompt"]["max_tokens"] == 128
+    assert f"{card['parameters']:,}" in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "nonsense"),
+        (["score", "--model", "x"], "--input"),
+        (["inspect", "/nowhere"], "not a checkpoint"),
+        (["convert", "--from", "/nowhere", "--out", "x"], "/nowhere"),
+        (["convert", "--from", "/nowhere.gguf", "--out", "x"], "/nowhere.gguf"),
+        (["convert", "--from", "x", "--out", "y", "--prompt", "z"], "qwen3-reranker"),
+        (["eval", "--model", "/nowhere", "--data", "/nowhere"], "items.jsonl"),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else None,
+)
+def test_wrong_usage_is_one_line_and_exit_2(run: Run, arguments: list[str], said: str) -> None:
+    code, _, stderr = run(*arguments)
+    assert code == 2
+    assert said in stderr
+    assert len(stderr.splitlines()) == 1
+
+
+def test_eval_reports_both_rankers_and_writes_a_trec_run(run: Run, model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    code, result, stderr = run("eval", "--model", model, "--data", data, "--run-out", tmp_path / "run.txt")
+    assert code == 0
+    assert result is not None
+    assert {"BM25", model.name} <= {row["name"] for row in result["rows"]}
+    assert all(0 <= row["ndcg_at_10"] <= 1 for row in result["rows"])
+    assert result["conditions"]["queries"] == 3
+    assert "nDCG@10" in stderr
+    lines = (tmp_path / "run.txt").read_text().splitlines()
+    assert {line.split()[0] for line in lines} == {"q0", "q1", "q2"}
+
+
+def test_help_answers_in_under_a_second_without_jax() -> None:
+    code = (
+        "import sys; from jaxslm import cli; sys.argv = ['jaxslm', '--help']\n"
+        "try: cli.main()\nfinally: print('jax' in sys.modules)"
+    )
+    start = time.process_time()
+    user = os.times().children_user
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds = os.times().children_user - user + time.process_time() - start
+    assert done.stdout.splitlines()[-1] == "False"
+    assert seconds < 1.0
