@@ -6,8 +6,8 @@ Conventions, printed beside every number (`CONVENTIONS`):
   judgements (Järvelin and Kekäläinen 2002; `trec_eval`'s `ndcg_cut`).
 * RR@10 is 1 / rank of the first relevant item, 0 beyond rank 10. R@10 is the share of the query's relevant items that
   stand in the first 10.
-* **Relevant means label >= 0.5**, the same for every data set, so that numbers compare; in a graded set with labels
-  1, 2/3, 1/3 the upper two grades count.
+* **Relevant means label >= 0.75**, the same for every data set, so that numbers compare: the top grade of a scale of
+  four (1, 2/3, 1/3, 0), the top two of a scale of five. RR and R ask for the right item, not for its neighbours.
 * A query without a relevant judged item is left out of all three measures, and counted.
 * Items without a judgement count as label 0. A judged query that a run does not answer scores 0, and is counted.
 * **Ties**: items with equal scores are ordered by a hash of (query id, item id). A ranker that scores everything
@@ -28,7 +28,7 @@ from jaxslm.errors import InputError
 Labels = Mapping[str, Mapping[str, float]]  # query id -> item id -> label in [0, 1]
 Run = Mapping[str, Mapping[str, float]]  # query id -> item id -> score, larger is better
 
-RELEVANT_LABEL = 0.5
+RELEVANT_LABEL = 0.75
 GRADE_SCALE = 27_720  # lcm(1..12): exact for up to 13 equally spaced grades; other labels move by at most 1.8e-5
 RESAMPLES = 10_000
 MEASURES = {"ndcg_at_10": "nDCG@10", "rr_at_10": "RR@10", "recall_at_10": "R@10"}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxslm.errors import InputError
-from jaxslm.evaluate.metrics import bootstrap_means, evaluate_run, ranked
+from jaxslm.evaluate.metrics import RELEVANT_LABEL, bootstrap_means, evaluate_run, ranked
 
 LABELS = {"q": {"a": 1.0, "b": 2 / 3, "c": 1 / 3, "d": 0.0}}
 
@@ -33,18 +33,18 @@ def test_hand_computed() -> None:
         / (1 + 2 / 3 / math.log2(3) + 1 / 3 / math.log2(4)),
         abs=1e-12,
     )
-    assert rr == pytest.approx(1 / 3)
+    assert rr == pytest.approx(1 / 4)
     assert recall == 1.0
 
 
 def test_linear_gain_and_cutoff() -> None:
     distractors = [f"x{n}" for n in range(10)]
     assert means(LABELS, run_of([*distractors, "a", "b"])) == [0.0, 0.0, 0.0]
-    ndcg, rr, recall = means(LABELS, run_of([*distractors[:9], "b", "a"]))
+    ndcg, rr, recall = means(LABELS, run_of([*distractors[:9], "a", "b"]))
     best = 1 + 2 / 3 / math.log2(3) + 1 / 3 / math.log2(4)
-    assert ndcg == pytest.approx(2 / 3 / math.log2(11) / best, abs=1e-12)
+    assert ndcg == pytest.approx(1 / math.log2(11) / best, abs=1e-12)
     assert rr == pytest.approx(0.1)
-    assert recall == 0.5
+    assert recall == 1.0
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,7 +60,7 @@ def test_ndcg_of_any_labels(labels: list[float], generator: random.Random) -> No
     expected = dcg([judged[item_id] for item_id in order]) / dcg(sorted(labels, reverse=True))
     ndcg, rr, recall = means({"q": judged}, run_of(order))
     assert ndcg == pytest.approx(expected, abs=2e-4)
-    relevant = [item_id for item_id in order if judged[item_id] >= 0.5]
+    relevant = [item_id for item_id in order if judged[item_id] >= RELEVANT_LABEL]
     first = order.index(relevant[0]) + 1
     assert rr == pytest.approx(1 / first if first <= 10 else 0)
     assert recall == pytest.approx(len(set(order[:10]) & set(relevant)) / len(relevant))
@@ -99,7 +99,7 @@ def test_a_constant_ranker_gets_a_random_order() -> None:
 
 
 def test_counts() -> None:
-    labels = {**LABELS, "none": {"a": 1 / 3}, "silent": {"a": 0.5}}
+    labels = {**LABELS, "none": {"a": 1 / 3}, "silent": {"a": RELEVANT_LABEL}}
     evaluation = evaluate_run(labels, {**run_of(["a", "b", "c"]), "unjudged": {"a": 1.0}})
     assert evaluation.query_ids == ("q", "silent")
     assert (evaluation.without_relevant, evaluation.without_results) == (1, 1)
@@ -107,7 +107,7 @@ def test_counts() -> None:
 
 
 def test_a_label_just_below_the_threshold_is_not_relevant() -> None:
-    labels = {"q": {"a": 0.49999999, "b": 1.0}}
+    labels = {"q": {"a": RELEVANT_LABEL - 1e-8, "b": 1.0}}
     assert means(labels, run_of(["a", "b"]))[1] == 0.5
 
 

@@ -93,7 +93,7 @@ def test_result_rows_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     screen.print(report_table(report))
     text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "linear gain" in text
-    assert "label >= 0.5" in text
+    assert "label >= 0.75" in text
     assert "40 of 40 queries" in text
     print_report(report)
     captured = capsys.readouterr()
