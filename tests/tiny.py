@@ -89,7 +89,9 @@ TINY_CONFIGS = {
     "llama": tiny_config("llama"),
     "llama-multi-head": tiny_config("llama", num_kv_heads=4, queries_per_kv=1, tie_embeddings=False),
     "llama-three-queries-per-kv": tiny_config("llama", width=48, num_kv_heads=2, queries_per_kv=3),
-    "llama-3-rope-scaling": tiny_config("llama", head_dim=16, rope_theta=5e5, rope_scaling=LLAMA3_SCALING),
+    "llama-3-rope-scaling": tiny_config(
+        "llama", head_dim=16, rope_theta=5e5, rope_scaling=LLAMA3_SCALING, max_positions=16384
+    ),
     # Only pruning makes these: no foreign format states widths by layer.
     "qwen3-non-uniform": tiny_config(num_layers=3, num_kv_heads=(2, 1, 2), mlp_width=(48, 16, 40)),
 }
