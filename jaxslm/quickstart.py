@@ -12,7 +12,7 @@ from jaxslm.errors import InputError
 from jaxslm.progress import console
 
 INSTRUCTION = "Judge whether the job posting is what the searcher is looking for."
-CANDIDATES, QUERIES = 20, 24
+CANDIDATES, QUERIES = 10, 24
 MODEL_NAME = "SmolLM2-135M, untrained for ranking"
 
 
@@ -50,7 +50,8 @@ def _fetch(data: Path) -> None:
 
     _say(1, "Data: 923 occupations as job postings (O*NET), and titles that people search for (BLS); a small model.")
     counts = fetch_demo(data)["counts"]
-    console().print("    " + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()))
+    shown = ("items", "train_task_queries", "train_dwa_queries", "dev_queries", "bls_queries")
+    console().print("    " + ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in shown))
 
 
 def _convert(data: Path, model: Path) -> None:

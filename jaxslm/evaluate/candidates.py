@@ -1,5 +1,6 @@
 """Candidate lists: the BM25 top k of every query plus its judged items, with BM25's own score for all of them."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ class Bm25:
         """Indexes the items (about 0.1 ms each). Raises InputError when there are none."""
         import bm25s
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG, which any root handler would print
         if not items:
             raise InputError("BM25 needs at least one item")
         self.ids = tuple(items)
