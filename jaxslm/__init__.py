@@ -28,7 +28,17 @@ _HOMES = {
     "load": "jaxslm.score.scorer",
     "make_score_fn": "jaxslm.score.scorer",
 }
-__all__ = sorted(_HOMES)
+__all__ = [
+    "InputError",
+    "Item",
+    "ModelConfig",
+    "PromptConfig",
+    "Ranker",
+    "RankerConfig",
+    "Scores",
+    "load",
+    "make_score_fn",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,7 +33,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield staging
         refuse_existing(path)
-        os.replace(staging, path)
+        staging.replace(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -55,7 +55,7 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         yield staging
         refuse_existing(path)
-        os.replace(staging, path)
+        staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
 

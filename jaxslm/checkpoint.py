@@ -155,7 +155,9 @@ def load_checkpoint(path: Path, sharding: jax.sharding.Sharding | None = None) -
     params = _load_params(path, manifest, sharding)
     checkpoint = Checkpoint(manifest, params, tokenizer_files)
     if checkpoint.prompt().sha256 != manifest.template_sha256:
-        raise InputError(f"{path}: made for another version of prompt {manifest.ranker.prompt.template!r}: convert it again")
+        raise InputError(
+            f"{path}: made for another version of prompt {manifest.ranker.prompt.template!r}: convert it again"
+        )
     return checkpoint
 
 
@@ -183,7 +185,9 @@ def _load_params(path: Path, manifest: Manifest, sharding: jax.sharding.Sharding
         with ocp.StandardCheckpointer() as checkpointer:
             params: Params = checkpointer.restore(path.absolute() / "params", target)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{path}/params: damaged or incomplete ({str(error).strip().splitlines()[0][:200]})") from error
+        raise InputError(
+            f"{path}/params: damaged or incomplete ({str(error).strip().splitlines()[0][:200]})"
+        ) from error
     finally:
         log.setLevel(level)
     if params_sha256(params) != manifest.params_sha256:

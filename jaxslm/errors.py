@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Input, settings or files that the caller can correct. The message is one line that names the thing and the rule."""
+    """Input, settings or files that the caller can correct. The message names the thing and the rule, in one line."""

@@ -16,6 +16,7 @@ def console() -> Console:
 def progress(*, transient: bool = True) -> Iterator[Progress]:
     """Yields a rich Progress with count, elapsed and remaining time; silent when stderr is not a terminal."""
     screen = console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=transient, disable=not screen.is_terminal) as bar:
         yield bar

@@ -34,7 +34,7 @@ class Template:
 
 
 TEMPLATES = {
-    # Qwen/Qwen3-Reranker-0.6B's model card, byte for byte: fields are joined by one newline, and the suffix ends in two.
+    # Qwen/Qwen3-Reranker-0.6B's model card, byte for byte: fields are joined by one newline, the suffix ends in two.
     "qwen3-reranker": Template(
         prefix=(
             "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct"

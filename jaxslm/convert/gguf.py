@@ -69,7 +69,9 @@ class GGUF:
         """Returns the shape that the metadata states."""
         N, K = self._setting("attention.head_count"), self._setting("attention.head_count_kv")
         if isinstance(N, list) or isinstance(K, list) or N % K:
-            raise InputError(f"{self.path}: query heads {N} must be a multiple of key/value heads {K}, equal in all layers")
+            raise InputError(
+                f"{self.path}: query heads {N} must be a multiple of key/value heads {K}, equal in all layers"
+            )
         width = int(self._setting("embedding_length"))
         head_dim = int(self._setting("attention.key_length", width // N))
         theta = float(self._setting("rope.freq_base", 10000.0))
@@ -120,7 +122,9 @@ class GGUF:
         try:
             array = np.asarray(dequantize(tensor.data, tensor.tensor_type))
         except NotImplementedError:
-            raise InputError(f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which is not supported") from None
+            raise InputError(
+                f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which is not supported"
+            ) from None
         # llama.cpp interleaves each head's rotated pairs in Q and K of llama models; ours and Hugging Face's are halves.
         if self.family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             array = array.reshape(-1, config.head_dim // 2, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)

@@ -40,7 +40,7 @@ _UNSUPPORTED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantizatio
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Returns the shape of a folder's model; raises InputError on another family or an option that we do not compute."""
+    """Returns the shape of a folder's model; raises InputError on another family or an unsupported option."""
     from transformers import AutoConfig
 
     file = folder / "config.json"

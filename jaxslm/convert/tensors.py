@@ -46,7 +46,12 @@ def is_matrix(path: tuple[str, ...]) -> bool:
 
 
 def assemble(
-    config: ModelConfig, names: Names, available: Iterable[str], read: Callable[[str], np.ndarray], dtype: Any, where: str
+    config: ModelConfig,
+    names: Names,
+    available: Iterable[str],
+    read: Callable[[str], np.ndarray],
+    dtype: Any,
+    where: str,
 ) -> Params:
     """Returns the parameter tree of `config` from foreign tensors.
 
