@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
 @runtime_checkable
 class Layout(Protocol):
     """Positions, attention and reading of one batch; built inside the traced function from its index arrays."""
@@ -88,7 +91,8 @@ class SharedPrefix:
 
     Tokens of all requests lie end to end in one axis M, so linear maps touch no padding; only attention unfolds them.
     Every item's positions go on where its prefix ends. Items never see one another, and prefixes never see items.
-    This is exact: each item's states equal those of the row prefix + item.
+    This is exact: each item's states equal those of the row prefix + item. Two of the R rows may name the same prefix
+    tokens: a request with more than J items takes several rows and still computes its prefix's linear maps once.
 
     Args:
         prefix_RP: index in 0..M-1 of each prefix token, M where there is none. Real tokens come first.
@@ -101,9 +105,9 @@ class SharedPrefix:
     def __init__(self, prefix_RP: Int[Array, "R P"], items_RJT: Int[Array, "R J T"], num_tokens: int) -> None:
         (R, P), (_, J, T) = prefix_RP.shape, items_RJT.shape
         self._prefix_RP, self._items_RJT, self._num_tokens = prefix_RP, items_RJT, num_tokens
-        self._prefix_valid_RP, self._items_valid_RJT = prefix_RP < num_tokens, items_RJT < num_tokens
+        self._prefix_valid_RP = prefix_RP < num_tokens
         prefix_length_R = jnp.sum(self._prefix_valid_RP, axis=1, dtype=jnp.int32)
-        item_length_RJ = jnp.sum(self._items_valid_RJT, axis=2, dtype=jnp.int32)
+        item_length_RJ = jnp.sum(items_RJT < num_tokens, axis=2, dtype=jnp.int32)
         self._last_RJ = jnp.maximum(item_length_RJ - 1, 0)
         # Where each flat token stands in the unfolded prefixes and items, laid end to end; padding tokens take place 0.
         places = jnp.concatenate([prefix_RP.reshape(-1), items_RJT.reshape(-1)])
@@ -117,21 +121,15 @@ class SharedPrefix:
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
         """[M, K, G, H] -> [M, K, G, H]: causal in each prefix; items over their prefix and, causally, themselves."""
-        k_RPKH, v_RPKH = self._unfold(k, self._prefix_RP), self._unfold(v, self._prefix_RP)
-        P, T = self._prefix_RP.shape[1], self._items_RJT.shape[2]
-        prefix_mask = jnp.tril(jnp.ones((P, P), bool))[None]
-        prefix_out = masked_attention(self._unfold(q, self._prefix_RP), k_RPKH, v_RPKH, prefix_mask)
+        k_RKPH, v_RKPH = self._prefixes(k), self._prefixes(v)
+        prefix_out = causal_attention(self._prefixes(q), k_RKPH, v_RKPH)
         item_out = prefix_item_attention(
-            self._unfold(q, self._items_RJT),
-            k_RPKH,
-            v_RPKH,
-            self._prefix_valid_RP,
-            self._unfold(k, self._items_RJT),
-            self._unfold(v, self._items_RJT),
-            jnp.tril(jnp.ones((T, T), bool))[None, None],
+            self._items(q), k_RKPH, v_RKPH, self._prefix_valid_RP, self._items(k), self._items(v)
         )
-        unfolded = jnp.concatenate([prefix_out.reshape(-1, *q.shape[1:]), item_out.reshape(-1, *q.shape[1:])])
-        return unfolded[self._unfolded_M]
+        heads = q.shape[1:]
+        prefix_out = jnp.moveaxis(prefix_out, 1, 2).reshape(-1, *heads)
+        item_out = jnp.moveaxis(item_out, 1, 3).reshape(-1, *heads)
+        return jnp.concatenate([prefix_out, item_out])[self._unfolded_M]
 
     def read(self, x: Array) -> Array:
         """[M, ...] -> [R, J, ...]: the last token of each item."""
@@ -141,47 +139,96 @@ class SharedPrefix:
     def attend_read(self, q: Array, k: Array, v: Array) -> Array:
         """[R, J, K, G, H] -> [R, J, K, G, H]: the last tokens see their whole prefix and item."""
         out = prefix_item_attention(
-            q[:, :, None],
-            self._unfold(k, self._prefix_RP),
-            self._unfold(v, self._prefix_RP),
+            jnp.moveaxis(q, 2, 1)[:, :, :, None],
+            self._prefixes(k),
+            self._prefixes(v),
             self._prefix_valid_RP,
-            self._unfold(k, self._items_RJT),
-            self._unfold(v, self._items_RJT),
-            self._items_valid_RJT[:, :, None, :],
+            self._items(k),
+            self._items(v),
+            self._last_RJ,
         )
-        return out[:, :, 0]
+        return jnp.moveaxis(out[:, :, :, 0], 1, 2)
 
-    @staticmethod
-    def _unfold(x: Array, index: Array) -> Array:
-        return jnp.take(x, index, axis=0, mode="clip")
+    def _prefixes(self, x: Array) -> Array:
+        """[M, K, ...] -> [R, K, P, ...]; heads in front of tokens make every product of attention a plain batched one."""
+        return jnp.moveaxis(jnp.take(x, self._prefix_RP, axis=0, mode="clip"), 2, 1)
+
+    def _items(self, x: Array) -> Array:
+        """[M, K, ...] -> [R, K, J, T, ...]."""
+        return jnp.moveaxis(jnp.take(x, self._items_RJT, axis=0, mode="clip"), 3, 1)
+
+
+QUERY_BLOCK = 128
+"""Queries of a causal product are cut into blocks of at most this many, so that keys above the diagonal are skipped."""
+
+
+def _blocks(T: int) -> list[tuple[int, int]]:
+    """Cuts 0..T into equal blocks (the last may be shorter) of at most QUERY_BLOCK: pairs of start and end."""
+    step = -(-T // -(-T // QUERY_BLOCK))
+    return [(start, min(T, start + step)) for start in range(0, T, step)]
+
+
+def _products(a: Array, b: Array, *, contract_b: int) -> Array:
+    """Batched matrix product over all leading axes: a [..., t, c] with axis `contract_b` (-1 or -2) of b; float32."""
+    batch = tuple(range(a.ndim - 2))
+    dimensions = (((a.ndim - 1,), (b.ndim + contract_b,)), (batch, batch))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def causal_attention(
+    q_RKTGH: Float[Array, "R K T G H"], k_RKTH: Float[Array, "R K T H"], v_RKTH: Float[Array, "R K T H"]
+) -> Float[Array, "R K T G H"]:
+    """Softmax(q k / sqrt(H)) v over the keys up to each query. Cost: half of 4 N H T FLOP per query, and a block more."""
+    R, K, _, G, H = q_RKTGH.shape
+    q_RKTGH = q_RKTGH * H**-0.5
+    outputs = []
+    for start, end in _blocks(q_RKTGH.shape[2]):
+        t = end - start
+        logits = _products(q_RKTGH[:, :, start:end].reshape(R, K, t * G, H), k_RKTH[:, :, :end], contract_b=-1)
+        mask_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
+        logits = jnp.where(mask_TS[None, None, :, None], logits.reshape(R, K, t, G, end), _LOWEST)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v_RKTH.dtype).reshape(R, K, t * G, end)
+        outputs.append(_products(weights, v_RKTH[:, :, :end], contract_b=-2).reshape(R, K, t, G, H))
+    return jnp.concatenate(outputs, axis=2).astype(q_RKTGH.dtype)
 
 
 def prefix_item_attention(
-    q_RJTKGH: Float[Array, "R J T K G H"],
-    k_RPKH: Float[Array, "R P K H"],
-    v_RPKH: Float[Array, "R P K H"],
+    q_RKJTGH: Float[Array, "R K J T G H"],
+    k_RKPH: Float[Array, "R K P H"],
+    v_RKPH: Float[Array, "R K P H"],
     prefix_valid_RP: Bool[Array, "R P"],
-    k_RJSKH: Float[Array, "R J S K H"],
-    v_RJSKH: Float[Array, "R J S K H"],
-    mask_RJTS: Bool[Array, "#R #J T S"],
-) -> Float[Array, "R J T K G H"]:
-    """Attention of item tokens over the request's prefix and, through the mask, over their own item.
+    k_RKJSH: Float[Array, "R K J S H"],
+    v_RKJSH: Float[Array, "R K J S H"],
+    last_RJ: Int[Array, "R J"] | None = None,
+) -> Float[Array, "R K J T G H"]:
+    """Attention of item tokens over the request's prefix and over their own item.
 
     The two parts share one softmax: exponents relative to the larger of their maxima, sums added, then one division,
-    so the result equals attention over the concatenated keys. Cost: 4 N H (P + S) FLOP per query.
+    so the result equals attention over the concatenated keys. Cost: 4 N H (P + S) FLOP per query, and for causal items
+    half of S is skipped, block by block.
+
+    Args:
+        last_RJ: if given, the queries (T = 1) see their item's keys 0..last; otherwise S = T and token t sees keys 0..t.
     """
-    scale = q_RJTKGH.shape[-1] ** -0.5
-    q_RJTKGH = q_RJTKGH * scale
-    lowest = jnp.finfo(jnp.float32).min
-    on_prefix = jnp.einsum("RJTKGH,RPKH->RKGJTP", q_RJTKGH, k_RPKH, preferred_element_type=jnp.float32)
-    on_prefix = jnp.where(prefix_valid_RP[:, None, None, None, None], on_prefix, lowest)
-    on_item = jnp.einsum("RJTKGH,RJSKH->RKGJTS", q_RJTKGH, k_RJSKH, preferred_element_type=jnp.float32)
-    on_item = jnp.where(mask_RJTS[:, None, None], on_item, lowest)
-    highest = jnp.maximum(jnp.max(on_prefix, axis=-1), jnp.max(on_item, axis=-1))[..., None]
-    highest = jax.lax.stop_gradient(highest)
-    on_prefix, on_item = jnp.exp(on_prefix - highest), jnp.exp(on_item - highest)
-    total = jnp.sum(on_prefix, axis=-1) + jnp.sum(on_item, axis=-1)
-    dtype = v_RPKH.dtype
-    out = jnp.einsum("RKGJTP,RPKH->RJTKGH", on_prefix.astype(dtype), v_RPKH, preferred_element_type=jnp.float32)
-    out += jnp.einsum("RKGJTS,RJSKH->RJTKGH", on_item.astype(dtype), v_RJSKH, preferred_element_type=jnp.float32)
-    return (out / jnp.transpose(total, (0, 3, 4, 1, 2))[..., None]).astype(q_RJTKGH.dtype)
+    R, K, J, T, G, H = q_RKJTGH.shape
+    P = k_RKPH.shape[2]
+    q_RKJTGH = q_RKJTGH * H**-0.5
+    outputs = []
+    for start, end in _blocks(T):
+        t, S = end - start, end if last_RJ is None else k_RKJSH.shape[3]
+        q = q_RKJTGH[:, :, :, start:end]
+        on_prefix = _products(q.reshape(R, K, J * t * G, H), k_RKPH, contract_b=-1)
+        on_prefix = jnp.where(prefix_valid_RP[:, None, None], on_prefix, _LOWEST).reshape(R, K, J, t * G, P)
+        on_item = _products(q.reshape(R, K, J, t * G, H), k_RKJSH[:, :, :, :S], contract_b=-1)
+        last = jnp.arange(start, end)[None, None] if last_RJ is None else last_RJ[:, :, None]
+        mask = (jnp.arange(S)[None, None, None] <= last[..., None])[:, None, :, :, None]
+        on_item = jnp.where(mask, on_item.reshape(R, K, J, t, G, S), _LOWEST).reshape(R, K, J, t * G, S)
+        highest = jnp.maximum(jnp.max(on_prefix, axis=-1), jnp.max(on_item, axis=-1))[..., None]
+        highest = jax.lax.stop_gradient(highest)
+        on_prefix, on_item = jnp.exp(on_prefix - highest), jnp.exp(on_item - highest)
+        total = jnp.sum(on_prefix, axis=-1) + jnp.sum(on_item, axis=-1)
+        dtype = v_RKPH.dtype
+        out = _products(on_prefix.astype(dtype).reshape(R, K, J * t * G, P), v_RKPH, contract_b=-2)
+        out = out.reshape(R, K, J, t * G, H) + _products(on_item.astype(dtype), v_RKJSH[:, :, :, :S], contract_b=-2)
+        outputs.append((out / total[..., None]).reshape(R, K, J, t, G, H))
+    return jnp.concatenate(outputs, axis=3).astype(q_RKJTGH.dtype)
