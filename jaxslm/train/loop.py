@@ -1,0 +1,293 @@
+"""The loop that both kinds of training share: update, log, evaluate, save, stop cleanly, go on where a run stopped.
+
+A run that writes to OUT keeps its state in `OUT.training/` beside it (`jaxslm.train.snapshots`). The same command goes
+on from the last save, with the batches that an uninterrupted run would have seen. When the last update is done OUT
+appears, made from the best evaluation (from the last update without `evaluation`), and only the log stays behind.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jaxslm.atomic import new_file, refuse_existing
+from jaxslm.checkpoint import Checkpoint, save_checkpoint
+from jaxslm.errors import InputError
+from jaxslm.model.decoder import Params
+from jaxslm.score.scorer import compute_dtype
+from jaxslm.train.data import BatchIterator
+from jaxslm.train.hosts import from_all_hosts
+from jaxslm.train.interrupt import StopWish, stop_signals
+from jaxslm.train.log import RunBar, RunLog, run_bar
+from jaxslm.train.partition import Frozen, join_params, split_params
+from jaxslm.train.settings import TrainingSettings
+from jaxslm.train.snapshots import METRIC, Snapshots
+from jaxslm.train.speed import matmul_ceiling
+from jaxslm.train.step import (
+    LossFn,
+    State,
+    StepFn,
+    abstract_state,
+    init_state,
+    learning_rates,
+    make_optimiser,
+    make_step,
+    put_batch,
+)
+
+Evaluate = Callable[[Params], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Attributes:
+        kind: "ranker" or "encoder". start: the model before the first update. teacher: its parameters, or empty.
+        work: (real tokens, useful FLOPs) of one of this host's batches.
+        evaluate: whole parameters on one device -> numbers by name, "ndcg_at_10" among them; called when the settings
+            have an `evaluation`.
+    """
+
+    kind: str
+    start: Checkpoint
+    loss_fn: LossFn
+    batches: BatchIterator
+    work: Callable[[Mapping[str, np.ndarray]], tuple[int, int]]
+    evaluate: Evaluate
+    dtype: jnp.dtype
+    mesh: Mesh
+    teacher: Params = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: `finished` is False after Ctrl-C or SIGTERM, and the same command goes on from `step`."""
+
+    finished: bool
+    step: int
+    steps: int
+    out: Path
+    metrics: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the result as the command line prints it."""
+        return {
+            "finished": self.finished,
+            "step": self.step,
+            "steps": self.steps,
+            "out": str(self.out),
+            "metrics": self.metrics,
+        }
+
+
+def dtype_of(settings: TrainingSettings) -> jnp.dtype:
+    """Returns the compute dtype of a run on this machine."""
+    return compute_dtype() if settings.dtype == "auto" else jnp.dtype(settings.dtype)
+
+
+def training_folder(out: Path) -> Path:
+    """Returns the folder beside `out` that holds the run's state and log."""
+    return out.with_name(out.name + ".training")
+
+
+def run(task: Task, settings: TrainingSettings, out: Path) -> TrainResult:
+    """Trains, or goes on, until the last update or a signal; writes the checkpoint `out` in the former case.
+
+    Raises:
+        InputError: `out` exists, its training folder belongs to another run or is damaged, the data ended, a loss is
+            not finite, or a disk is full. Earlier saves are intact.
+    """
+    refuse_existing(out)
+    folder = training_folder(out)
+    _claim(folder, task, settings)
+    with Snapshots(folder, task.mesh) as snapshots, stop_signals() as wish:
+        loop = _Loop(task, settings, folder, snapshots)
+        with run_bar(settings.steps, loop.step) as bar:
+            loop.train(bar, wish)
+        if loop.step < settings.steps:
+            return TrainResult(False, loop.step, settings.steps, out, {})
+        params, metrics = loop.result()
+    if jax.process_index() == 0:
+        _write(out, task, params, metrics)
+        for name in ("last", "best"):
+            shutil.rmtree(folder / name)
+    return TrainResult(True, loop.step, settings.steps, out, metrics)
+
+
+class _Loop:
+    """The moving parts of a run: state, data position, log."""
+
+    def __init__(self, task: Task, settings: TrainingSettings, folder: Path, snapshots: Snapshots) -> None:
+        self._task, self._settings, self._folder, self._snapshots = task, settings, folder, snapshots
+        config, mesh = task.start.config, task.mesh
+        trainable, tables = split_params(task.start.params, config, freeze_embeddings=settings.freeze_embeddings)
+        optimiser = make_optimiser(settings.optimiser, settings.steps)
+        self._abstract = abstract_state(trainable, optimiser)
+        self._state = self._restore() or init_state(trainable, optimiser, mesh)
+        self._frozen: Frozen = {"tables": jax.device_put(tables, NamedSharding(mesh, P())), "teacher": task.teacher}
+        self._step_fn: StepFn = make_step(task.loss_fn, optimiser, mesh)
+        self._rates: optax.Schedule = learning_rates(settings.optimiser, settings.steps)
+        self.step = int(self._state["step"])
+        self._log = RunLog(folder, self.step, tensorboard=settings.tensorboard)
+        self._ceiling = matmul_ceiling(task.dtype) * mesh.size
+        self._clock = time.perf_counter()
+
+    def _restore(self) -> State | None:
+        if self._snapshots.last_step is None:
+            return None
+        state, positions = self._snapshots.restore(self._abstract)
+        if len(positions) != jax.process_count():
+            raise InputError(f"{self._folder}: saved by {len(positions)} hosts, there are {jax.process_count()}")
+        self._task.batches.set_state(positions[jax.process_index()])
+        return state
+
+    def train(self, bar: RunBar, wish: StopWish) -> None:
+        """Runs updates until the last one or until a signal was caught on any host; saves in both cases."""
+        settings = self._settings
+        pending: _Update | None = None
+        while self.step < settings.steps:
+            update = self._update()
+            # The previous update's numbers are read only now, so that the device never waits for the host.
+            self._account(pending, bar)
+            pending = update
+            stop = any(from_all_hosts(wish.wished))
+            evaluate = settings.evaluation is not None and self._is_due(settings.evaluation.every)
+            if stop or evaluate or self._is_due(settings.save_every):
+                self._account(pending, bar)
+                pending = None
+                if evaluate and not stop:
+                    self._evaluate(bar)
+                self._save()
+                self._clock = time.perf_counter()
+            if stop:
+                return
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self._settings.steps
+
+    def _update(self) -> "_Update":
+        accumulate = self._settings.optimiser.accumulate
+        parts = [self._next_batch() for _ in range(accumulate * len(self._task.mesh.local_devices))]
+        list_ids = np.concatenate([part.pop("list_ids").reshape(-1) for part in parts])
+        tokens, flops = map(sum, zip(*(self._task.work(part) for part in parts), strict=True))
+        rate = float(self._rates(self.step))
+        self._state, metrics = self._step_fn(self._state, self._frozen, put_batch(parts, accumulate, self._task.mesh))
+        self.step += 1
+        hosts = jax.process_count()
+        return _Update(self.step, metrics, list_ids, tokens * hosts, flops * hosts, rate)
+
+    def _next_batch(self) -> dict[str, np.ndarray]:
+        try:
+            return dict(next(self._task.batches))
+        except StopIteration:
+            self._save()
+            raise InputError(
+                f"data: ended after {self.step} of {self._settings.steps} updates: raise data.epochs"
+            ) from None
+
+    def _account(self, update: "_Update | None", bar: RunBar) -> None:
+        """Waits for an update, stops at a loss that is not finite, logs and shows the rest."""
+        if update is None:
+            return
+        numbers = {name: float(value) for name, value in update.metrics.items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if not all(math.isfinite(numbers[name]) for name in ("loss", "gradient_norm")):
+            self._stop_at(update, numbers)
+        numbers["learning_rate"] = update.rate
+        numbers["tokens_per_s"] = update.tokens / seconds
+        numbers["mfu"] = update.flops / seconds / self._ceiling
+        numbers["seconds"] = seconds
+        self._log.write(update.step, numbers)
+        bar.update(update.step, numbers)
+
+    def _stop_at(self, update: "_Update", numbers: dict[str, float]) -> None:
+        ids = [self._task.batches.query_id(int(number)) for number in update.list_ids if number >= 0]
+        path = self._folder / "not-finite.json"
+        path.write_text(json.dumps({"step": update.step, **numbers, "query_ids": ids}) + "\n", encoding="utf-8")
+        raise InputError(
+            f"update {update.step}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}: training stopped,"
+            f" the queries of the batch are in {path}, the last save is intact"
+        )
+
+    def _evaluate(self, bar: RunBar) -> None:
+        with bar.evaluating():
+            numbers = self._task.evaluate(self._whole(self._state["params"]))
+        self._log.write(self.step, numbers)
+        bar.evaluated(numbers[METRIC])
+        self._snapshots.save_best(self.step, self._state["params"], numbers | {"step": float(self.step)})
+
+    def _save(self) -> None:
+        self._snapshots.save(self.step, self._state, from_all_hosts(self._task.batches.get_state()))
+
+    def _whole(self, trainable: Params) -> Params:
+        """Joined parameters on one local device."""
+        mesh, config = self._task.mesh, self._task.start.config
+        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))(trainable)
+        local, tables = jax.tree.map(lambda leaf: leaf.addressable_data(0), (whole, self._frozen["tables"]))
+        return join_params(local, tables, config)
+
+    def result(self) -> tuple[Params, dict[str, float]]:
+        """Returns the parameters that the run is for, and their numbers."""
+        if self._settings.evaluation is None:
+            return self._whole(self._state["params"]), {"step": float(self.step)}
+        trainable, metrics = self._snapshots.restore_best(self._abstract["params"])
+        return self._whole(trainable), metrics
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An update on its way: its numbers are still being computed."""
+
+    step: int
+    metrics: dict[str, Array]
+    list_ids: np.ndarray
+    tokens: int
+    flops: int
+    rate: float
+
+
+def _claim(folder: Path, task: Task, settings: TrainingSettings) -> None:
+    """Makes the training folder, or checks that it belongs to this run. The first host does it for all."""
+    if jax.process_index() > 0:
+        return
+    ours = {"kind": task.kind, "model_sha256": task.start.manifest.params_sha256, **settings.model_dump(mode="json")}
+    path = folder / "settings.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as staging:
+            staging.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise InputError(
+                f"{folder}: was begun with another {name} ({theirs.get(name)!r}, now {ours.get(name)!r}):"
+                " go on with the former settings, name another output, or remove the folder"
+            )
+
+
+def _write(out: Path, task: Task, params: Params, metrics: dict[str, float]) -> None:
+    parent = task.start.manifest
+    save_checkpoint(
+        out,
+        task.start.config,
+        params,
+        task.start.tokenizer_files,
+        source=f"jaxslm train {task.kind} from {parent.source}",
+        parent=parent.params_sha256,
+        metrics=metrics,
+    )

@@ -1,0 +1,36 @@
+"""Which parameters train: all of them, or all but the embedding tables with the two label rows kept apart."""
+
+import jax.numpy as jnp
+
+from jaxslm.config import RankerConfig
+from jaxslm.model.decoder import Params
+from jaxslm.model.head import vocab_rows
+
+TABLES = ("embedding", "head")
+LABEL_ROWS = "label_rows"
+
+Frozen = dict[str, Params]
+"""`{"tables": frozen tables, "teacher": a teacher's parameters}`, either may be empty."""
+
+
+def split_params(params: Params, config: RankerConfig, *, freeze_embeddings: bool) -> tuple[Params, Params]:
+    """Returns (trainable, frozen tables). `join_params` of them is `params`.
+
+    With frozen embeddings the two rows of the vocabulary head that are the labels stay trainable, as `label_rows`
+    [2, D]: a ranker is scored by these rows alone. When the tables are tied they are input rows of the labels too.
+    """
+    if not freeze_embeddings:
+        return dict(params), {}
+    trainable = {name: leaf for name, leaf in params.items() if name not in TABLES}
+    trainable[LABEL_ROWS] = vocab_rows(params)[jnp.asarray(config.label_token_ids)]
+    return trainable, {name: params[name] for name in TABLES if name in params}
+
+
+def join_params(trainable: Params, tables: Params, config: RankerConfig) -> Params:
+    """Returns the whole tree: the frozen tables with the trained label rows in their places."""
+    if not tables:
+        return trainable
+    joined = {name: leaf for name, leaf in trainable.items() if name != LABEL_ROWS} | tables
+    table = "embedding" if config.model.tie_embeddings else "head"
+    joined[table] = joined[table].at[jnp.asarray(config.label_token_ids)].set(trainable[LABEL_ROWS])
+    return joined

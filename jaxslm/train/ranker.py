@@ -1,0 +1,118 @@
+"""The loss of a ranker: log-odds of the label rows at each item's last token, against labels and a teacher."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from jaxslm.checkpoint import Checkpoint
+from jaxslm.config import RankerConfig
+from jaxslm.data_files import Item
+from jaxslm.model.decoder import Decoder, Params
+from jaxslm.model.head import label_rows, log_odds
+from jaxslm.score.scorer import Ranker
+from jaxslm.train import losses
+from jaxslm.train.data import ranker_batches
+from jaxslm.train.heldout import HeldOut
+from jaxslm.train.hosts import join_hosts
+from jaxslm.train.loop import Task, TrainResult, dtype_of, run
+from jaxslm.train.partition import Frozen, join_params
+from jaxslm.train.settings import LossWeights, RankerTraining
+from jaxslm.train.speed import ranker_work
+from jaxslm.train.start import load_start
+from jaxslm.train.step import Batch, LossFn, gather, item_states, make_mesh
+from jaxslm.train.teacher import Teacher, load_teacher
+
+LABEL_LOSSES = {
+    "binary_cross_entropy": losses.binary_cross_entropy,
+    "list_softmax": losses.list_softmax,
+    "pairwise_logistic": losses.pairwise_logistic,
+    "regression_compatible": losses.regression_compatible,
+}
+
+
+def ranker_loss(
+    config: RankerConfig, decoder: Decoder, weights: LossWeights, mesh: Mesh, teacher: Teacher | None
+) -> LossFn:
+    """Returns the weighted sum of the losses as a function of (trainable, frozen, batch).
+
+    The teacher's log-odds come from `teacher`, else from the batch ("teacher": NaN where there is none).
+    """
+
+    def loss_fn(trainable: Params, frozen: Frozen, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        params = join_params(trainable, frozen["tables"], config)
+        states = item_states(decoder, gather(params, decoder.dtype, mesh), batch, mesh)
+        odds_RJ = _log_odds(states, label_rows(params, config.label_token_ids))
+        labels_RJ, valid_RJ = _lists(batch["labels"]), _lists(batch["valid"])
+        terms = {name: LABEL_LOSSES[name](odds_RJ, labels_RJ, valid_RJ) for name in weights.of_labels}
+        if teacher is not None:
+            taught_states, taught_rows = teacher.states(frozen["teacher"], batch)
+            teacher_RJ = _log_odds(taught_states, taught_rows)
+            if weights.hidden:
+                terms["hidden"] = losses.hidden_cosine(_lists(states), _lists(taught_states), valid_RJ)
+        elif weights.needs_teacher:
+            teacher_RJ = _lists(batch["teacher"])
+        if weights.needs_teacher:
+            terms |= _distillation(odds_RJ, teacher_RJ, valid_RJ, weights)
+        return sum((getattr(weights, name) * term for name, term in terms.items()), jnp.float32(0)), terms
+
+    return loss_fn
+
+
+def _distillation(odds_RJ: Array, teacher_RJ: Array, valid_RJ: Array, weights: LossWeights) -> dict[str, Array]:
+    taught_RJ = valid_RJ & jnp.isfinite(teacher_RJ)
+    temperature = weights.distillation_temperature
+    terms = {}
+    if weights.distillation:
+        terms["distillation"] = losses.distillation_kl(odds_RJ, teacher_RJ, taught_RJ, temperature)
+    if weights.list_distillation:
+        terms["list_distillation"] = losses.list_kl(odds_RJ, teacher_RJ, taught_RJ, temperature)
+    return terms
+
+
+def _log_odds(states: Array, rows_2D: Array) -> Array:
+    """[devices, R, J, D] -> [devices * R, J]."""
+    flat = log_odds(states.reshape(-1, states.shape[-1]), rows_2D)
+    return flat.reshape(-1, states.shape[2])
+
+
+def _lists(x: Array) -> Array:
+    """[devices, R, ...] -> [devices * R, ...]."""
+    return jax.lax.collapse(x, 0, 2)
+
+
+def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
+    """Trains a ranker, or goes on with it; see `jaxslm.train.loop.run`."""
+    join_hosts()
+    start, mesh, dtype = load_start(settings), make_mesh(), dtype_of(settings)
+    decoder = Decoder(start.config.model, dtype, settings.remat)
+    teacher = None
+    if settings.teacher is not None:
+        path = Path(settings.teacher.checkpoint)
+        teacher = load_teacher(path, start, dtype, mesh, hidden=settings.losses.hidden > 0)
+    batches = ranker_batches(settings.data, start.prompt(), host=jax.process_index(), hosts=jax.process_count())
+    held_out = HeldOut(settings.evaluation)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        ranker = Ranker(Checkpoint(start.manifest, params, start.tokenizer_files), dtype)
+
+        def score(query: str, items: list[Item]) -> np.ndarray:
+            return ranker.score_request(query, items).log_odds
+
+        return held_out.evaluate(score)
+
+    task = Task(
+        kind="ranker",
+        start=start,
+        loss_fn=ranker_loss(start.config, decoder, settings.losses, mesh, teacher),
+        batches=batches,
+        work=lambda batch: ranker_work(start.config.model, batch),
+        evaluate=evaluate,
+        dtype=dtype,
+        mesh=mesh,
+        teacher=teacher.params if teacher is not None else {},
+    )
+    return run(task, settings, out)

@@ -1,0 +1,175 @@
+"""One update: a pure, jitted function over a 1-D mesh of devices.
+
+Parameters and optimiser state are sharded along each array's largest axis that the number of devices divides (FSDP
+style); each step gathers a copy in the compute dtype. A batch has one part per device, `[A, devices, ...]`, with A
+micro-batches whose gradients are averaged. Losses see the logits of all devices at once, so what a step computes does
+not depend on the number of devices that hold its parts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from jaxslm.model.decoder import Decoder, Params
+from jaxslm.model.layout import SharedPrefix
+from jaxslm.train.partition import LABEL_ROWS, Frozen
+from jaxslm.train.settings import OptimiserSettings
+
+DATA = "data"
+"""Name of the mesh axis."""
+
+State = dict[str, Any]
+"""`{"params": trainable parameters in float32, "optimiser": its state, "step": int32 []}`."""
+
+Batch = Mapping[str, Array]
+LossFn = Callable[[Params, Frozen, Batch], tuple[Array, dict[str, Array]]]
+"""(trainable, frozen, one micro-batch [devices, ...]) -> (loss, its terms), all float32 scalars."""
+
+StepFn = Callable[[State, Frozen, Batch], tuple[State, dict[str, Array]]]
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of the given devices, of all devices of all hosts if None."""
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.array(devices), (DATA,), axis_types=(AxisType.Auto,))
+
+
+def sharding_of(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Returns where an array of the state lies: split along its largest divisible axis, or copied."""
+    divisible = [axis for axis, size in enumerate(shape) if size % mesh.size == 0 and size > 0]
+    if mesh.size == 1 or not divisible:
+        return NamedSharding(mesh, P())
+    axis = max(divisible, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, P(*(None,) * axis, DATA))
+
+
+def shardings_of(tree: Any, mesh: Mesh) -> Any:
+    """Returns `sharding_of` each leaf."""
+    return jax.tree.map(lambda leaf: sharding_of(leaf.shape, mesh), tree)
+
+
+def learning_rates(settings: OptimiserSettings, steps: int) -> optax.Schedule:
+    """Returns the schedule: linear from 0 over the warm-up, then cosine to `final_fraction` at the last update."""
+    peak = settings.learning_rate
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (settings.warmup_steps + 1),
+        peak_value=peak,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=max(steps, settings.warmup_steps + 1),
+        end_value=peak * settings.final_fraction,
+    )
+
+
+def make_optimiser(settings: OptimiserSettings, steps: int) -> optax.GradientTransformation:
+    """Returns clipping, then AdamW (b1 0.9, b2 0.95); it decays layers' matrices, label rows have their own rate."""
+
+    def decays(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: path[0].key.startswith("layers_") and leaf.ndim > 1, params
+        )
+
+    def label_rows(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == LABEL_ROWS, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(learning_rates(settings, steps), b2=0.95, weight_decay=settings.weight_decay, mask=decays),
+        optax.masked(optax.scale(settings.label_head_factor), label_rows),
+    )
+
+
+def init_state(params: Params, optimiser: optax.GradientTransformation, mesh: Mesh) -> State:
+    """Returns the state before the first update, sharded; `params` are copied (float32)."""
+    shardings = shardings_of(abstract_state(params, optimiser), mesh)
+    return jax.jit(lambda tree: _fresh(tree, optimiser), out_shardings=shardings)(params)
+
+
+def abstract_state(params: Params, optimiser: optax.GradientTransformation) -> State:
+    """Returns the shapes and dtypes of `init_state`."""
+    state: State = jax.eval_shape(lambda tree: _fresh(tree, optimiser), params)
+    return state
+
+
+def _fresh(params: Params, optimiser: optax.GradientTransformation) -> State:
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    return {"params": params, "optimiser": optimiser.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def make_step(loss_fn: LossFn, optimiser: optax.GradientTransformation, mesh: Mesh) -> StepFn:
+    """Returns the jitted `step(state, frozen, batch) -> (state, metrics)`; the old state is given up.
+
+    Metrics are float32 scalars: "loss", its terms, "gradient_norm" before clipping. When loss or gradient is not
+    finite, the state comes back unchanged.
+    """
+
+    def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, dict[str, Array]]:
+        gradient, metrics = _mean_gradient(loss_fn, state["params"], frozen, batch)
+        gradient = jax.lax.with_sharding_constraint(gradient, shardings_of(gradient, mesh))
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
+        updates, optimiser_state = optimiser.update(gradient, state["optimiser"], state["params"])
+        updated = {
+            "params": optax.apply_updates(state["params"], updates),
+            "optimiser": optimiser_state,
+            "step": state["step"] + 1,
+        }
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return jax.lax.with_sharding_constraint(state, shardings_of(state, mesh)), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _mean_gradient(loss_fn: LossFn, params: Params, frozen: Frozen, batch: Batch) -> tuple[Params, dict[str, Array]]:
+    """Returns gradient and metrics averaged over the A micro-batches of `batch` [A, devices, ...]."""
+
+    def of_one(micro: Batch) -> tuple[Params, dict[str, Array]]:
+        (loss, terms), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, micro)
+        return gradient, {"loss": loss, **terms}
+
+    count = next(iter(batch.values())).shape[0]
+    first = of_one({name: array[0] for name, array in batch.items()})
+    if count == 1:
+        return first
+    rest = {name: array[1:] for name, array in batch.items()}
+    total, _ = jax.lax.scan(lambda sums, micro: (jax.tree.map(jnp.add, sums, of_one(micro)), None), first, rest)
+    return jax.tree.map(lambda leaf: leaf / count, total)
+
+
+def put_batch(parts: Sequence[Mapping[str, np.ndarray]], accumulate: int, mesh: Mesh) -> dict[str, Array]:
+    """Returns this host's `accumulate * local devices` batches as global arrays [accumulate, devices, ...]."""
+    devices = len(parts) // accumulate
+    sharding = NamedSharding(mesh, P(None, DATA))
+    batch = {}
+    for name in parts[0]:
+        local = np.stack([part[name] for part in parts]).reshape(accumulate, devices, *parts[0][name].shape)
+        batch[name] = jax.make_array_from_process_local_data(sharding, local)
+    return batch
+
+
+def gather(params: Params, dtype: DTypeLike, mesh: Mesh) -> Params:
+    """Returns every parameter whole on every device, matrices in the compute dtype (norm scales keep theirs)."""
+    whole = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda leaf: jax.lax.with_sharding_constraint(leaf.astype(dtype) if leaf.ndim > 1 else leaf, whole), params
+    )
+
+
+def item_states(decoder: Decoder, params: Params, batch: Batch, mesh: Mesh) -> Array:
+    """Returns the final state of each item's last token, [devices, R, J, D]; each device decodes its own part."""
+
+    def local(params: Params, tokens: Array, prefix: Array, items: Array) -> Array:
+        layout = SharedPrefix(prefix[0], items[0], tokens.shape[1])
+        return jnp.asarray(decoder.apply({"params": params}, tokens[0], layout))[None]
+
+    part = P(DATA)
+    decode = jax.shard_map(local, mesh=mesh, in_specs=(P(), part, part, part), out_specs=part)
+    states: Array = decode(params, batch["tokens"], batch["prefix"], batch["items"])
+    return states
