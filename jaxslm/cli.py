@@ -94,6 +94,33 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder
 
 
 @app.command()
+def train(
+    kind: Annotated[Literal["encoder", "ranker"], typer.Argument(help="encoder: contrastive start; ranker: lists.")],
+    config: Annotated[Path, typer.Option("--config", help="Settings as TOML; see configs/.")],
+    out: Annotated[Path, typer.Option("--out", help="Checkpoint to write; a run that was stopped goes on.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="a.b=value, instead of the file's.")] = None,
+) -> None:
+    """Train a model to rank, or teach it from another one.
+
+    Example: jaxslm train ranker --config configs/cpu.toml --set steps=200 --out ranker
+    """
+    from jaxslm.config import load_toml
+
+    chosen = tuple(overrides or ())
+    if kind == "encoder":
+        from jaxslm.train.encoder import train_encoder
+        from jaxslm.train.settings import EncoderTraining
+
+        result = train_encoder(load_toml(config, EncoderTraining, chosen), out)
+    else:
+        from jaxslm.train.ranker import train_ranker
+        from jaxslm.train.settings import RankerTraining
+
+        result = train_ranker(load_toml(config, RankerTraining, chosen), out)
+    _answer(result.to_json())
+
+
+@app.command()
 def score(
     model: Checkpoint,
     input_file: Annotated[Path, typer.Option("--input", help='JSON Lines: {"query": ..., "items": [{"text": ...}]}')],
