@@ -9,10 +9,11 @@ trains from the same local files in one process: nothing has to be tokenised bef
 """
 
 import hashlib
+import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -22,15 +23,16 @@ from jaxslm.errors import InputError
 from jaxslm.prompt import Prompt
 from jaxslm.train.data_settings import DataSettings, PairSettings, SourceSettings
 from jaxslm.train.lists import ListChooser, RankerLists, TokenList, TokenPair, TokenPairs, read_teacher_scores
-from jaxslm.train.sources import Catalogue, Order, Queries, read_catalogue, read_training_queries
+from jaxslm.train.packing import Batch, collate_lists, collate_pairs, fill
+from jaxslm.train.sources import Encoder, Order, Queries, read_training_data
 
-Batch = dict[str, np.ndarray]
 LOOKAHEAD = 8
 """Lists that wait for packing, in batches: more packs tighter and lets a list be overtaken for longer."""
 BUFFER_PER_WORKER = 64
 """Lists that a worker process builds ahead."""
 
 
+@runtime_checkable
 class Example(Protocol):
     """What is packed: a list or a pair."""
 
@@ -45,6 +47,7 @@ ExampleT = TypeVar("ExampleT", bound=Example)
 ExampleT_co = TypeVar("ExampleT_co", bound=Example, covariant=True)
 
 
+@runtime_checkable
 class Examples(Protocol[ExampleT_co]):
     """Examples by position; `TokenList`s or `TokenPair`s."""
 
@@ -129,7 +132,7 @@ class BatchIterator(Iterator[Batch], Generic[ExampleT]):
         return self._queries[list_id].query_id
 
     def close(self) -> None:
-        """Ends the worker processes, if there are any. Garbage collection and the end of the program do it too."""
+        """Ends the worker processes, if there are any; no batches after it. The end of the program does it too."""
         if self._stop_workers:
             self._stop_workers()
 
@@ -141,6 +144,56 @@ class BatchIterator(Iterator[Batch], Generic[ExampleT]):
             self._upcoming, self._stop_workers = processes, weakref.finalize(self, processes.stop)
         else:
             self._upcoming = (self._examples[place] for place in range(position, len(self._examples)))
+
+
+class PromptEncoder(Encoder):
+    """Prefixes and items as `Prompt.encode` makes them, but items and suffix together cut to `max_item_tokens`."""
+
+    def __init__(self, settings: DataSettings, prompt: Prompt) -> None:
+        self._longest_prefix, self._prompt = settings.max_prefix_tokens, prompt
+        self._room = settings.max_item_tokens - len(prompt.suffix_ids)
+        row = settings.max_prefix_tokens + settings.max_item_tokens
+        if self._room < 1:
+            raise InputError(f"max_item_tokens: the prompt's suffix alone has {len(prompt.suffix_ids)}")
+        if prompt.config.max_tokens < row:
+            raise InputError(
+                f"prompt max_tokens {prompt.config.max_tokens}: less than max_prefix_tokens + max_item_tokens = {row}"
+            )
+
+    def items(self, items: Sequence[Item]) -> list[list[int]]:
+        suffix = self._prompt.suffix_ids
+        rows = self._prompt.encode("any", items).item_ids
+        return [row[: -len(suffix)][: self._room] + suffix for row in rows]
+
+    def query(self, text: str) -> list[int]:
+        ids = self._prompt.encode(text, ["any"]).prefix_ids
+        if len(ids) > self._longest_prefix:
+            raise InputError(f"{len(ids)} tokens with the prompt's words, max_prefix_tokens is {self._longest_prefix}")
+        return ids
+
+
+class TextEncoder(Encoder):
+    """Plain text with a space in front, as words stand in a prompt; cut to the longest rows."""
+
+    def __init__(self, settings: PairSettings, tokenizer_json: str) -> None:
+        self._settings = settings
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True
+
+    def items(self, items: Sequence[Item]) -> list[list[int]]:
+        texts = [f"{(item.title or '').strip()}\n{item.text.strip()}".strip() for item in items]
+        if "" in texts:
+            raise InputError(f"item {texts.index('')}: has no text")
+        return self._ids(texts, self._settings.max_item_tokens)
+
+    def query(self, text: str) -> list[int]:
+        return self._ids([text.strip()], self._settings.max_query_tokens)[0]
+
+    def _ids(self, texts: Sequence[str], longest: int) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast([" " + text for text in texts], add_special_tokens=False)
+        return [encoding.ids[:longest] for encoding in encodings]
 
 
 def ranker_batches(
@@ -155,41 +208,24 @@ def ranker_batches(
     equal those of `Prompt.encode`, but for an item's text beyond `max_item_tokens`.
 
     Raises:
-        InputError: data that cannot be read or breaks a rule (`read_training_queries`), a query longer than
+        InputError: data that cannot be read or breaks a rule (`read_training_data`), a query longer than
             `max_prefix_tokens`, shapes that the prompt cannot fill.
     """
-    P, T, suffix = settings.max_prefix_tokens, settings.max_item_tokens, prompt.suffix_ids
-    if len(suffix) >= T:
-        raise InputError(f"max_item_tokens {T}: the prompt's suffix alone has {len(suffix)}")
-    if prompt.config.max_tokens < P + T:
-        raise InputError(f"prompt max_tokens {prompt.config.max_tokens}: less than max_prefix_tokens + {T} = {P + T}")
-
-    def encode_items(items: Sequence[Item]) -> list[list[int]]:
-        rows = prompt.encode("any", items).item_ids
-        return [row[: -len(suffix)][: T - len(suffix)] + suffix for row in rows]
-
-    def encode_query(text: str) -> list[int]:
-        ids = prompt.encode(text, ["any"]).prefix_ids
-        if len(ids) > P:
-            raise InputError(f"{len(ids)} tokens with the prompt's words, max_prefix_tokens is {P}")
-        return ids
-
-    catalogue = read_catalogue(settings, encode_items)
-    queries, judged_rows = read_training_queries(settings, catalogue, encode_query)
+    data = read_training_data(settings, PromptEncoder(settings, prompt))
     teacher = None
     if settings.teacher_requests is not None and settings.teacher_scores is not None:
         teacher = read_teacher_scores(Path(settings.teacher_requests), Path(settings.teacher_scores))
-    order = Order(settings, len(queries), host, hosts)
-    lists = RankerLists(queries, catalogue, order, ListChooser(settings, catalogue, judged_rows), teacher)
+    order = Order(settings, len(data.queries), host, hosts)
+    choose = ListChooser(settings, data.catalogue, data.judged_rows)
     return BatchIterator(
-        lists,
-        queries,
+        RankerLists(data.queries, data.catalogue, order, choose, teacher),
+        data.queries,
         lookahead=LOOKAHEAD * settings.lists_per_batch,
         select=lambda sizes: fill(sizes, settings.tokens_per_batch, settings.lists_per_batch),
         collate=lambda chosen: collate_lists(chosen, settings),
         tokens_per_batch=settings.tokens_per_batch,
         workers=settings.workers,
-        fingerprint=_fingerprint(settings, catalogue, len(queries), prompt.sha256, host, hosts),
+        fingerprint=_fingerprint(settings, data.sha256 + prompt.sha256, host, hosts),
     )
 
 
@@ -205,99 +241,21 @@ def pair_batches(
     The text is tokenised as in a prompt: " " + query, " " + title + newline + text.
 
     Raises:
-        InputError: data that cannot be read or breaks a rule (`read_training_queries`).
+        InputError: data that cannot be read or breaks a rule (`read_training_data`).
     """
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True
-
-    def encode(texts: Sequence[str], longest: int) -> list[list[int]]:
-        encodings = tokenizer.encode_batch_fast([" " + text for text in texts], add_special_tokens=False)
-        return [encoding.ids[:longest] for encoding in encodings]
-
-    def encode_items(items: Sequence[Item]) -> list[list[int]]:
-        texts = [f"{(item.title or '').strip()}\n{item.text.strip()}".strip() for item in items]
-        if "" in texts:
-            raise InputError(f"item {texts.index('')}: has no text")
-        return encode(texts, settings.max_item_tokens)
-
-    catalogue = read_catalogue(settings, encode_items)
-    queries, _ = read_training_queries(
-        settings, catalogue, lambda text: encode([text.strip()], settings.max_query_tokens)[0]
-    )
-    order = Order(settings, len(queries), host, hosts)
+    data = read_training_data(settings, TextEncoder(settings, tokenizer_json))
+    order = Order(settings, len(data.queries), host, hosts)
     B = settings.pairs_per_batch
     return BatchIterator(
-        TokenPairs(queries, catalogue, order),
-        queries,
+        TokenPairs(data.queries, data.catalogue, order),
+        data.queries,
         lookahead=B,
         select=lambda sizes: list(range(len(sizes))),
         collate=lambda chosen: collate_pairs(chosen, settings),
         tokens_per_batch=B * (settings.max_query_tokens + settings.max_item_tokens),
         workers=settings.workers,
-        fingerprint=_fingerprint(settings, catalogue, len(queries), tokenizer_json, host, hosts),
+        fingerprint=_fingerprint(settings, data.sha256, host, hosts),
     )
-
-
-def fill(sizes: Sequence[int], room: int, most: int) -> list[int]:
-    """Returns places of at most `most` sizes whose sum is at most `room`: the first, then the largest that still fit.
-
-    The first always goes, so that nothing waits longer than there are sizes.
-    """
-    chosen, room = [0], room - sizes[0]
-    for place in sorted(range(1, len(sizes)), key=lambda place: (-sizes[place], place)):
-        if len(chosen) == most:
-            break
-        if sizes[place] <= room:
-            chosen.append(place)
-            room -= sizes[place]
-    return chosen
-
-
-def collate_lists(chosen: Sequence[TokenList], settings: DataSettings) -> Batch:
-    """Returns lists laid end to end, as `ranker_batches` describes."""
-    R, J, M = settings.lists_per_batch, settings.items_per_list, settings.tokens_per_batch
-    batch = {
-        "tokens": np.zeros(M, np.int32),
-        "prefix": np.full((R, settings.max_prefix_tokens), M, np.int32),
-        "items": np.full((R, J, settings.max_item_tokens), M, np.int32),
-        "labels": np.zeros((R, J), np.float32),
-        "valid": np.zeros((R, J), bool),
-        "list_ids": np.full(R, -1, np.int32),
-    }
-    if settings.teacher_scores is not None:
-        batch["teacher"] = np.full((R, J), np.nan, np.float32)
-    used = 0
-    for slot, one in enumerate(chosen):
-        count = len(one.labels)
-        batch["tokens"][used : used + one.size] = one.tokens
-        for row, length in zip((batch["prefix"][slot], *batch["items"][slot, :count]), one.lengths, strict=True):
-            row[:length] = np.arange(used, used + length, dtype=np.int32)
-            used += length
-        batch["labels"][slot, :count] = one.labels
-        batch["valid"][slot, :count] = True
-        batch["list_ids"][slot] = one.index
-        if one.teacher is not None:
-            batch["teacher"][slot, :count] = one.teacher
-    return batch
-
-
-def collate_pairs(chosen: Sequence[TokenPair], settings: PairSettings) -> Batch:
-    """Returns pairs as padded rows, as `pair_batches` describes."""
-    B = settings.pairs_per_batch
-    batch: Batch = {"positive": np.zeros((B, B), bool), "list_ids": np.full(B, -1, np.int32)}
-    for name, T in (("query", settings.max_query_tokens), ("item", settings.max_item_tokens)):
-        batch[f"{name}_tokens"] = np.zeros((B, T), np.int32)
-        batch[f"{name}_valid"] = np.zeros((B, T), bool)
-    item_rows = np.array([pair.item_row for pair in chosen])
-    for slot, pair in enumerate(chosen):
-        for name, tokens in (("query", pair.query), ("item", pair.item)):
-            batch[f"{name}_tokens"][slot, : len(tokens)] = tokens
-            batch[f"{name}_valid"][slot, : len(tokens)] = True
-        batch["positive"][slot, : len(chosen)] = np.isin(item_rows, pair.relevant)
-        batch["list_ids"][slot] = pair.index
-    return batch
 
 
 class _From(Generic[ExampleT]):
@@ -309,8 +267,10 @@ class _From(Generic[ExampleT]):
     def __len__(self) -> int:
         return max(0, len(self._examples) - self._start)
 
-    def __getitem__(self, place: int) -> ExampleT:
-        return self._examples[self._start + place]
+    def __getitem__(self, place: int) -> np.ndarray:
+        # grain hands arrays over in shared memory. What it has to pickle itself fills its pipe, and a worker that waits
+        # for a full pipe does not end for half a minute.
+        return np.frombuffer(pickle.dumps(self._examples[self._start + place]), np.uint8)
 
 
 class _Processes(Iterator[ExampleT]):
@@ -331,20 +291,17 @@ class _Processes(Iterator[ExampleT]):
         self._iterator: Any = iter(dataset)
 
     def __next__(self) -> ExampleT:
-        example: ExampleT = next(self._iterator)
+        example: ExampleT = pickle.loads(next(self._iterator))
         return example
 
     def stop(self) -> None:
-        """Ends the processes and lets grain's iterator go, which complains if it is still there at the program's end."""
+        """Ends the processes and lets go of grain's iterator, which must not outlive the program's modules."""
         self._iterator.close()
         self._iterator = iter(())
 
 
-def _fingerprint(
-    settings: SourceSettings, catalogue: Catalogue, queries: int, prompt: str, host: int, hosts: int
-) -> str:
+def _fingerprint(settings: SourceSettings, data: str, host: int, hosts: int) -> str:
     """Hash of all that decides which batches come in which order; not of paths, epochs and workers."""
-    digest = hashlib.sha256(repr((catalogue.row_of, queries, prompt, host, hosts)).encode())
     elsewhere = {"items", "queries", "teacher_requests", "teacher_scores", "epochs", "workers"}
-    digest.update(settings.model_dump_json(exclude=elsewhere).encode())
-    return digest.hexdigest()[:16]
+    parts = (settings.model_dump_json(exclude=elsewhere), data, host, hosts)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

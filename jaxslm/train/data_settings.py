@@ -1,6 +1,6 @@
 """Settings of the input pipeline: where lists and pairs come from, and the static shapes they fill."""
 
-from typing import Annotated, Self
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,7 @@ class SourceSettings(Settings):
             within windows of `shuffle_window` neighbours, and the whole file is counted once in advance.
         shuffle_window: queries per window; used by streaming alone.
         workers: processes that build lists ahead of the loop; 0 builds them in the loop's own thread. The batches do
-            not depend on it. More than 0 needs `grain`.
+            not depend on it. More than 0 needs `grain`; when streaming, every worker reads the whole file.
     """
 
     items: str
@@ -41,14 +41,15 @@ class DataSettings(SourceSettings):
         items_per_list: J. Of these, `items_per_list - hard_negatives - random_negatives` are places for items with a
             label above 0; places left over go to hard, then to random negatives.
         hard_negatives: items with label 0, drawn from the judged ones and from BM25's best `hard_negative_pool`.
-        random_negatives: items with label 0, drawn from all items.
+        random_negatives: items with label 0, drawn from all that some query judges.
         hard_negative_pool: length of the BM25 list; 0 draws from judged items only and needs no `bm25s`.
         lists_per_batch: R, the most lists in a batch.
-        tokens_per_batch: M, tokens of a batch with padding; at least one list of the largest size.
+        tokens_per_batch: M, tokens of a batch with padding; room for one list of the largest size. Padding is least
+            when M is one or two per cent above R times the usual list; `BatchIterator.padding_fraction` tells.
         max_prefix_tokens: P, the prompt's words and the query. A longer query is an error, never cut.
         max_item_tokens: T, an item's text and the prompt's suffix. The text's end is cut to keep it.
         teacher_requests: the input of `jaxslm score` that made `teacher_scores`; its items need ids.
-        teacher_scores: the output of `jaxslm score`; adds "teacher" to the batches.
+        teacher_scores: the output of `jaxslm score`; adds "teacher" to the batches, found by query text and item id.
     """
 
     items_per_list: Annotated[int, Field(ge=8)] = 8
@@ -63,7 +64,7 @@ class DataSettings(SourceSettings):
     teacher_scores: str | None = None
 
     @model_validator(mode="after")
-    def _shapes_hold_a_list(self) -> Self:
+    def _shapes_hold_a_list(self) -> "DataSettings":
         if self.hard_negatives + self.random_negatives >= self.items_per_list:
             raise ValueError(
                 f"hard_negatives {self.hard_negatives} and random_negatives {self.random_negatives}"

@@ -148,7 +148,7 @@ class RankerLists:
         epoch, index = self._order[position]
         query = self._queries[index]
         rows, labels = self._choose(query, self._order.generator(epoch, index))
-        parts = [query.tokens, *(self._catalogue.tokens(row) for row in rows)]
+        parts = [query.tokens, *(self._catalogue.tokens(row) for row in rows.tolist())]
         teacher = None
         if self._teacher is not None:
             known = self._teacher.get(query.text, {})

@@ -1,11 +1,13 @@
 """Where training queries and items come from: local files or Hugging Face `datasets`, as token ids, in seeded order."""
 
+import hashlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -18,8 +20,18 @@ HUB = "hf://"
 ITEMS_PER_CALL = 1024
 
 Record = TypeVar("Record", bound=BaseModel)
-EncodeItems = Callable[[Sequence[Item]], list[list[int]]]
-EncodeQuery = Callable[[str], list[int]]
+
+
+class Encoder(ABC):
+    """Makes token ids of texts. Goes to worker processes, so it can be pickled."""
+
+    @abstractmethod
+    def items(self, items: Sequence[Item]) -> list[list[int]]:
+        """Token ids of each item. Raises InputError that begins with "item N: " for an item without text."""
+
+    @abstractmethod
+    def query(self, text: str) -> list[int]:
+        """Token ids of a query. Raises InputError if it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,7 @@ class EncodedQuery:
     """A query and its judgements, ready for lists.
 
     Attributes:
-        tokens: int32, what `EncodeQuery` made of the text.
+        tokens: int32, the text as the encoder made it.
         rows: int32, its judged items as rows of the catalogue. labels: float32, theirs.
     """
 
@@ -39,38 +51,41 @@ class EncodedQuery:
 
 
 class Catalogue:
-    """All items, tokenised once; an item is known by its row, in file order."""
+    """All items, tokenised once; an item is known by its row, in file order. `flat`: their tokens end to end, int32."""
 
-    def __init__(self, items: dict[str, Item], encode: EncodeItems) -> None:
+    def __init__(self, items: dict[str, Item], encoder: Encoder) -> None:
         self.items = items
         self.row_of = {item_id: row for row, item_id in enumerate(items)}
         rows = []
         for start in range(0, len(items), ITEMS_PER_CALL):
-            rows += _encode_named(list(itertools.islice(items.values(), start, start + ITEMS_PER_CALL)), encode)
+            rows += _encode_named(list(itertools.islice(items.values(), start, start + ITEMS_PER_CALL)), encoder)
         self._ends = np.cumsum([len(row) for row in rows])
-        self._flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(self._ends[-1]))
+        self.flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(self._ends[-1]))
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def tokens(self, row: int) -> np.ndarray:
         """The token ids of an item, int32."""
-        return self._flat[self._ends[row - 1] if row else 0 : self._ends[row]]
+        return self.flat[self._ends[row - 1] if row else 0 : self._ends[row]]
 
 
-class Queries(Protocol):
-    """Queries by their index in the file."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> EncodedQuery: ...
+def encode_query(query: Query, catalogue: Catalogue, encoder: Encoder, where: str) -> EncodedQuery:
+    """Returns a query ready for lists; an InputError of the encoder gets the file and the query's id in front."""
+    rows = np.array([catalogue.row_of[judged.id] for judged in query.items], np.int32)
+    labels = np.array([judged.label for judged in query.items], np.float32)
+    try:
+        tokens = np.array(encoder.query(query.query), np.int32)
+    except InputError as error:
+        raise InputError(f"{where}: query {query.query_id!r}: {error}") from None
+    return EncodedQuery(query.query_id, query.query, tokens, rows, labels)
 
 
 class StreamedQueries:
     """Queries that are read when they are wanted: one window of neighbours is in memory, and going back reads anew."""
 
-    def __init__(self, settings: SourceSettings, length: int, encode: Callable[[Query], EncodedQuery]) -> None:
-        self._settings, self._length, self._encode = settings, length, encode
+    def __init__(self, settings: SourceSettings, length: int, catalogue: Catalogue, encoder: Encoder) -> None:
+        self._settings, self._length, self._catalogue, self._encoder = settings, length, catalogue, encoder
         self._rows: Iterator[Query] | None = None
         self._window = -1
         self._held: list[Query] = []
@@ -87,10 +102,14 @@ class StreamedQueries:
             self._window += 1
         if offset >= len(self._held):
             raise InputError(f"{self._settings.queries}: has changed since training began: query {index} is gone")
-        return self._encode(self._held[offset])
+        return encode_query(self._held[offset], self._catalogue, self._encoder, self._settings.queries)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_rows": None, "_window": -1, "_held": []}
+
+
+Queries = list[EncodedQuery] | StreamedQueries
+"""Queries by their index in the file."""
 
 
 class Order:
@@ -160,8 +179,31 @@ def read_source(where: str, kind: type[Record], *, streaming: bool) -> Iterator[
             raise InputError(f"{where}: row {number}: {field}: {problem['msg']}") from None
 
 
-def read_catalogue(settings: SourceSettings, encode: EncodeItems) -> Catalogue:
-    """Returns all items. Raises InputError as `read_source`, and on repeated ids or an item without text."""
+@dataclass(frozen=True)
+class TrainingData:
+    """Items and queries of one training run.
+
+    Attributes:
+        judged_rows: catalogue rows of the items that any query judges, int32, ascending.
+        sha256: hash of all that was read, as tokens.
+    """
+
+    catalogue: Catalogue
+    queries: Queries
+    judged_rows: np.ndarray
+    sha256: str
+
+
+def read_training_data(settings: SourceSettings, encoder: Encoder) -> TrainingData:
+    """Returns items and queries, tokenised.
+
+    Reads the whole queries file once, also when streaming, so that ids and labels are known to be good before training
+    begins; when streaming it keeps only the ids, and queries are tokenised (and found too long) as they are used.
+
+    Raises:
+        InputError: as `read_source`; a repeated id, an unknown item id, an item without text, or what the encoder
+            refuses.
+    """
     items: dict[str, Item] = {}
     for item in read_source(settings.items, Item, streaming=settings.streaming):
         if item.id in items:
@@ -169,59 +211,47 @@ def read_catalogue(settings: SourceSettings, encode: EncodeItems) -> Catalogue:
         items[item.id] = item
     if not items:
         raise InputError(f"{settings.items}: holds no records")
-    return Catalogue(items, encode)
+    catalogue = Catalogue(items, encoder)
+    digest = hashlib.sha256(catalogue.flat.tobytes())
 
-
-def read_training_queries(
-    settings: SourceSettings, catalogue: Catalogue, encode: EncodeQuery
-) -> tuple[Queries, np.ndarray]:
-    """Returns the queries and the catalogue rows that any of them judges, int32, ascending.
-
-    Reads the whole file once, also when streaming, so that ids and labels are known to be good before training
-    begins; when streaming it keeps only the ids, and queries are tokenised (and found too long) as they are used.
-
-    Raises:
-        InputError: as `read_source`; a repeated query id, an unknown item id, or what `encode` raises.
-    """
-
-    def encoded(query: Query) -> EncodedQuery:
-        rows = np.array([catalogue.row_of[judged.id] for judged in query.items], np.int32)
-        labels = np.array([judged.label for judged in query.items], np.float32)
-        try:
-            tokens = np.array(encode(query.query), np.int32)
-        except InputError as error:
-            raise InputError(f"{settings.queries}: query {query.query_id!r}: {error}") from None
-        return EncodedQuery(query.query_id, query.query, tokens, rows, labels)
-
-    ids: set[str] = set()
     kept: list[EncodedQuery] = []
     judged_rows = np.zeros(len(catalogue), bool)
+    length = 0
+    for query in _checked_queries(settings, catalogue):
+        length += 1
+        digest.update(repr(query).encode())
+        judged_rows[[catalogue.row_of[judged.id] for judged in query.items]] = True
+        if not settings.streaming:
+            kept.append(encode_query(query, catalogue, encoder, settings.queries))
+    if length == 0:
+        raise InputError(f"{settings.queries}: holds no records")
+    queries = StreamedQueries(settings, length, catalogue, encoder) if settings.streaming else kept
+    return TrainingData(catalogue, queries, np.flatnonzero(judged_rows).astype(np.int32), digest.hexdigest())
+
+
+def _checked_queries(settings: SourceSettings, catalogue: Catalogue) -> Iterator[Query]:
+    """Yields the queries; raises InputError on repeated query ids and unknown item ids."""
+    ids: set[str] = set()
     for query in read_source(settings.queries, Query, streaming=settings.streaming):
         if query.query_id in ids:
             raise InputError(f"{settings.queries}: query id {query.query_id!r} appears twice")
         ids.add(query.query_id)
-        for judged in query.items:
-            if judged.id not in catalogue.row_of:
-                raise InputError(
-                    f"{settings.queries}: query {query.query_id!r}: item {judged.id!r} is not in {settings.items}"
-                )
-            judged_rows[catalogue.row_of[judged.id]] = True
-        if not settings.streaming:
-            kept.append(encoded(query))
-    if not ids:
-        raise InputError(f"{settings.queries}: holds no records")
-    queries = StreamedQueries(settings, len(ids), encoded) if settings.streaming else kept
-    return queries, np.flatnonzero(judged_rows).astype(np.int32)
+        unknown = next((judged.id for judged in query.items if judged.id not in catalogue.row_of), None)
+        if unknown is not None:
+            raise InputError(
+                f"{settings.queries}: query {query.query_id!r}: item {unknown!r} is not in {settings.items}"
+            )
+        yield query
 
 
-def _encode_named(items: Sequence[Item], encode: EncodeItems) -> list[list[int]]:
+def _encode_named(items: Sequence[Item], encoder: Encoder) -> list[list[int]]:
     """Encodes items; an error names the item's id in place of its number in the call."""
     try:
-        return encode(items)
+        return encoder.items(items)
     except InputError:
         for item in items:
             try:
-                encode([item])
+                encoder.items([item])
             except InputError as error:
                 raise InputError(f"item {item.id!r}: {str(error).removeprefix('item 0: ')}") from None
         raise
