@@ -109,6 +109,35 @@ class RankerConfig(Settings):
         return self
 
 
+class Bucket(Settings):
+    """One static shape of a scoring forward pass (`jaxslm.model.layout.SharedPrefix`).
+
+    Attributes:
+        tokens: M, the flat token places. rows: R, each with room for one prefix and `items_per_row` items.
+        prefix_tokens: P. items_per_row: J. item_tokens: T.
+        vectors_per_item: C, how many of an item's first tokens are embedding vectors instead of ids.
+    """
+
+    tokens: Positive
+    rows: Positive
+    prefix_tokens: Positive
+    items_per_row: Positive
+    item_tokens: Positive
+    vectors_per_item: Annotated[int, Field(ge=0)] = 0
+
+
+class BucketConfig(Settings):
+    """The shapes that scoring compiles: no other ever reaches a device. `jaxslm bench fit-buckets` fits them to traffic.
+
+    Attributes:
+        buckets: in any order.
+        overhead_tokens: what a forward pass costs beside its tokens (weights read, launches), as so many tokens.
+    """
+
+    buckets: Annotated[tuple[Bucket, ...], Field(min_length=1, strict=False)]
+    overhead_tokens: Annotated[int, Field(ge=0)] = 32
+
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
