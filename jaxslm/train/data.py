@@ -8,7 +8,9 @@ processes without changing any batch. The tokeniser comes with the package, so a
 trains from the same local files in one process: nothing has to be tokenised beforehand.
 """
 
+import copy
 import hashlib
+import json
 import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -147,23 +149,32 @@ class BatchIterator(Iterator[Batch], Generic[ExampleT]):
 
 
 class PromptEncoder(Encoder):
-    """Prefixes and items as `Prompt.encode` makes them, but items and suffix together cut to `max_item_tokens`."""
+    """Prefixes and items as `Prompt.encode` makes them where an item has room for `max_item_tokens`."""
 
     def __init__(self, settings: DataSettings, prompt: Prompt) -> None:
         self._longest_prefix, self._prompt = settings.max_prefix_tokens, prompt
-        self._room = settings.max_item_tokens - len(prompt.suffix_ids)
-        row = settings.max_prefix_tokens + settings.max_item_tokens
-        if self._room < 1:
-            raise InputError(f"max_item_tokens: the prompt's suffix alone has {len(prompt.suffix_ids)}")
-        if prompt.config.max_tokens < row:
+        longest_row = settings.max_prefix_tokens + settings.max_item_tokens
+        if prompt.config.max_tokens < longest_row:
             raise InputError(
-                f"prompt max_tokens {prompt.config.max_tokens}: less than max_prefix_tokens + max_item_tokens = {row}"
+                f"prompt max_tokens {prompt.config.max_tokens}: less than max_prefix_tokens + max_item_tokens ="
+                f" {longest_row}"
             )
+        # The prompt cuts whole rows: rows of this query are as long as leaves an item that room.
+        self._query = "any"
+        row = len(prompt.encode(self._query, ["any"]).prefix_ids) + settings.max_item_tokens
+        self._item_prompt = copy.copy(prompt)
+        self._item_prompt.config = prompt.config.model_copy(update={"max_tokens": row})
+        try:
+            self._item_prompt.encode(self._query, ["any"])
+        except InputError:
+            fixed = len(prompt.suffix_ids)
+            raise InputError(
+                f"max_item_tokens {settings.max_item_tokens}: leaves no room for text beside the {fixed} tokens of the"
+                " prompt's suffix"
+            ) from None
 
     def items(self, items: Sequence[Item]) -> list[list[int]]:
-        suffix = self._prompt.suffix_ids
-        rows = self._prompt.encode("any", items).item_ids
-        return [row[: -len(suffix)][: self._room] + suffix for row in rows]
+        return self._item_prompt.encode(self._query, items).item_ids
 
     def query(self, text: str) -> list[int]:
         ids = self._prompt.encode(text, ["any"]).prefix_ids
@@ -177,9 +188,10 @@ class TextEncoder(Encoder):
 
     def __init__(self, settings: PairSettings, tokenizer_json: str) -> None:
         self._settings = settings
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        tree = json.loads(tokenizer_json) | {"padding": None, "truncation": None}
+        # As in `Prompt`: text is never read as control tokens, whether or not they are marked special.
+        tree["added_tokens"] = [token | {"special": True} for token in tree["added_tokens"]]
+        self._tokenizer = Tokenizer.from_str(json.dumps(tree))
         self._tokenizer.encode_special_tokens = True
 
     def items(self, items: Sequence[Item]) -> list[list[int]]:
@@ -205,7 +217,7 @@ def ranker_batches(
     "valid": bool [R, J], "list_ids": int32 [R]}. `prefix` and `items` are indices into the tokens, M where there is
     none; `list_ids` are places in the queries file, -1 in an empty slot; R is the most lists, fewer when M is full.
     With stored teacher scores also "teacher": float32 [R, J], log-odds, NaN where the teacher gave none. A row's ids
-    equal those of `Prompt.encode`, but for an item's text beyond `max_item_tokens`.
+    equal those of `Prompt.encode` at a row length that leaves an item `max_item_tokens`.
 
     Raises:
         InputError: data that cannot be read or breaks a rule (`read_training_data`), a query longer than
