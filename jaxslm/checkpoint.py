@@ -9,11 +9,11 @@ Nothing is guessed: hashes of parameters, tokenizer and prompt are checked at ev
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ class Manifest(Settings):
     """Content of `manifest.json`.
 
     Attributes:
+        params_sha256: hash of names and values, the identity of the weights.
+        params_files: sha256 of each file that holds them, so that damage is found before anything reads it.
         source: what the weights came from, in words. parent: params_sha256 of the checkpoint they were made from.
         metrics: figures of this checkpoint by name, e.g. "dev_ndcg_at_10".
         versions: packages that wrote it.
@@ -40,8 +42,9 @@ class Manifest(Settings):
 
     format_version: int
     ranker: RankerConfig
-    params_dtype: str
+    params_dtype: Literal["float32", "bfloat16"]
     params_sha256: str
+    params_files: dict[str, str]
     tokenizer_sha256: str
     template_sha256: str
     source: str
@@ -96,29 +99,31 @@ def save_checkpoint(
     import orbax.checkpoint as ocp
 
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
-    if len(dtypes) != 1:
-        raise InputError(f"parameters: must have one dtype, have {sorted(dtypes)}")
-    dtype = dtypes.pop()
+    if dtypes not in ({"float32"}, {"bfloat16"}):
+        raise InputError(f"parameters: must all be float32 or all be bfloat16, are {', '.join(sorted(dtypes))}")
+    dtype: Any = dtypes.pop()
     _check_shapes(params, abstract_params(config.model, jnp.dtype(dtype)), "parameters")
     tokenizer_json = tokenizer_files["tokenizer.json"]
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        ranker=config,
-        params_dtype=dtype,
-        params_sha256=params_sha256(params),
-        tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(),
-        template_sha256=Prompt(tokenizer_json.decode(), config.prompt).sha256,
-        source=source,
-        parent=parent,
-        metrics=dict(metrics or {}),
-        versions={name: version(name) for name in MAIN_PACKAGES},
-    )
+    template_sha256 = Prompt(tokenizer_json.decode(), config.prompt).sha256
     with new_folder(path) as folder:
         (folder / "tokenizer").mkdir()
         for name, content in tokenizer_files.items():
             (folder / "tokenizer" / name).write_bytes(content)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute() / "params", params)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            ranker=config,
+            params_dtype=dtype,
+            params_sha256=params_sha256(params),
+            params_files=_file_hashes(folder / "params"),
+            tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(),
+            template_sha256=template_sha256,
+            source=source,
+            parent=parent,
+            metrics=dict(metrics or {}),
+            versions={name: version(name) for name in MAIN_PACKAGES},
+        )
         (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest
 
@@ -130,7 +135,7 @@ def load_manifest(path: Path) -> Manifest:
         tree = json.loads(file.read_bytes())
     except OSError:
         raise InputError(f"{path}: not a checkpoint (no manifest.json); `jaxslm convert` makes one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: broken JSON ({error})") from None
     found = tree.get("format_version") if isinstance(tree, dict) else None
     if found != FORMAT_VERSION:
@@ -154,7 +159,13 @@ def load_checkpoint(path: Path, sharding: jax.sharding.Sharding | None = None) -
     tokenizer_files = _load_tokenizer_files(path, manifest)
     params = _load_params(path, manifest, sharding)
     checkpoint = Checkpoint(manifest, params, tokenizer_files)
-    if checkpoint.prompt().sha256 != manifest.template_sha256:
+    prompt = checkpoint.prompt()
+    if prompt.label_token_ids != checkpoint.config.label_token_ids:
+        raise InputError(
+            f"{path}: label_token_ids {checkpoint.config.label_token_ids} of the manifest are not the tokenizer's"
+            f" {prompt.label_token_ids}"
+        )
+    if prompt.sha256 != manifest.template_sha256:
         raise InputError(
             f"{path}: made for another version of prompt {manifest.ranker.prompt.template!r}: convert it again"
         )
@@ -170,28 +181,33 @@ def _load_tokenizer_files(path: Path, manifest: Manifest) -> dict[str, bytes]:
     return files
 
 
+def _file_hashes(folder: Path) -> dict[str, str]:
+    hashes = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as content:
+            hashes[file.relative_to(folder).as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
+    return hashes
+
+
 def _load_params(path: Path, manifest: Manifest, sharding: jax.sharding.Sharding | None) -> Params:
     import orbax.checkpoint as ocp
 
+    folder = path.absolute() / "params"
+    found, expected = _file_hashes(folder), manifest.params_files
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            problem = "is missing" if name not in found else "is unexpected" if name not in expected else "is damaged"
+            raise InputError(f"{path}/params: {name} {problem} (sha256 differs from the manifest's)")
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(manifest.ranker.model, jnp.dtype(manifest.params_dtype)),
     )
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params: Params = checkpointer.restore(path.absolute() / "params", target)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}/params: damaged or incomplete ({str(error).strip().splitlines()[0][:200]})"
-        ) from error
-    finally:
-        log.setLevel(level)
+    with ocp.StandardCheckpointer() as checkpointer:
+        _check_shapes(checkpointer.metadata(folder).item_metadata.tree, target, f"{path}/params")
+        params: Params = checkpointer.restore(folder, target)
     if params_sha256(params) != manifest.params_sha256:
-        raise InputError(f"{path}/params: damaged (sha256 differs from the manifest's)")
+        raise InputError(f"{path}/params: values are not those of the manifest (sha256 differs)")
     return params
 
 

@@ -14,13 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from jaxslm.errors import InputError
 
-NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=False, pattern=r"\S")]
+NonEmpty = Annotated[str, StringConstraints(strip_whitespace=False, pattern=r"\S")]
 
 
 class Item(BaseModel):
-    """A document to rank. Fields beyond these are kept as strings."""
+    """A document to rank. Fields beyond these are kept; they must be strings."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    __pydantic_extra__: dict[str, str]
     id: NonEmpty
     title: str | None = None
     text: str
@@ -122,13 +123,26 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                # The encoding is not left to `json`: it would guess UTF-16 and let broken surrogates pass.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text, parse_constant=_no_constant)
+                if "\\ud" in text.lower():
+                    json.dumps(row, ensure_ascii=False).encode()
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}: line {number}: invalid UTF-8 at byte {error.start}") from None
+            except UnicodeEncodeError:
+                raise InputError(f"{path}: line {number}: half of a surrogate pair, which is not text") from None
             except RecursionError:
                 raise InputError(f"{path}: line {number}: broken JSON (nested too deeply)") from None
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}: line {number}: broken JSON ({error.msg}, column {error.colno})") from None
+            except ValueError as error:  # NaN, or a number of thousands of digits
+                raise InputError(f"{path}: line {number}: broken JSON ({str(error).partition(';')[0]})") from None
+            yield number, row
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -78,10 +78,13 @@ class Prompt:
     """Builds rows of token ids for one tokenizer and one prompt configuration."""
 
     def __init__(self, tokenizer_json: str, config: PromptConfig) -> None:
-        """Args: tokenizer_json: content of a `tokenizer.json`. Raises InputError if a label is not one token."""
+        """Args: tokenizer_json: content of a `tokenizer.json`. Raises InputError if it is broken or splits a label."""
         self.config = config
         self.template = TEMPLATES[config.template]
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        try:
+            self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # what `tokenizers` raises has no class of its own
+            raise InputError(f"tokenizer.json: broken ({error})") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # Text from users is never read as control tokens: "<|im_end|>" in a posting stays ten characters. Some added
@@ -167,5 +170,8 @@ class Prompt:
 
     @staticmethod
     def _ids(tokenizer: Tokenizer, texts: Sequence[str], after: str = "") -> list[list[int]]:
-        encodings = tokenizer.encode_batch_fast([text + after for text in texts], add_special_tokens=False)
+        try:
+            encodings = tokenizer.encode_batch_fast([text + after for text in texts], add_special_tokens=False)
+        except TypeError as error:
+            raise InputError("text: must be a string without halves of surrogate pairs") from error
         return [encoding.ids for encoding in encodings]

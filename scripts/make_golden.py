@@ -117,7 +117,9 @@ def write(name: str, arrays: dict[str, np.ndarray], **facts: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, help="folder of `jaxslm fetch-demo`; without it SmolLM2's file is left alone")
+    parser.add_argument(
+        "--demo", type=Path, help="folder of `jaxslm fetch-demo`; without it SmolLM2's file is left alone"
+    )
     demo = parser.parse_args().demo
     GOLDEN.mkdir(exist_ok=True)
     for name, config in PARITY_CONFIGS.items():

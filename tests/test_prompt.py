@@ -15,9 +15,11 @@ from tests.demo_data import smollm2
 from tests.tiny import NOT_MARKED_SPECIAL, SPECIALS, tiny_tokenizer_json
 
 QWEN3_RERANKER = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided."
-    ' Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: {instruction}\n'
-    "<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    "<|im_start|>system\n"
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the"
+    ' answer can only be "yes" or "no".<|im_end|>\n'
+    "<|im_start|>user\n<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}<|im_end|>\n"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 )
 YES_NO = (
     "{instruction}\nQuery: {query}\nDocument: {document}\n"
@@ -83,12 +85,10 @@ def test_qwen3_reranker_bytes() -> None:
     built = prompt().encode("python developer", ["We need a developer."])
     tokenizer = Tokenizer.from_str(tiny_tokenizer_json())
     text = tokenizer.decode(built.prefix_ids + built.item_ids[0], skip_special_tokens=False)
-    assert text == (
-        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided."
-        ' Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-        "<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n"
-        "<Query>: python developer\n<Document>: We need a developer."
-        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert text == QWEN3_RERANKER.format(
+        instruction="Given a web search query, retrieve relevant passages that answer the query",
+        query="python developer",
+        document="We need a developer.",
     )
     control = {tokenizer.token_to_id(token) for token in SPECIALS + NOT_MARKED_SPECIAL}
     found = [tokenizer.id_to_token(token) for token in built.prefix_ids + built.item_ids[0] if token in control]
@@ -157,6 +157,8 @@ def test_a_million_characters_are_cut() -> None:
         ("job", [], "items: a request needs at least one"),
         ("job", ["x", " \t"], "item 1: has no text"),
         ("job", [Item(id="a", title=" ", text="")], "item 0: has no text"),
+        ("job \ud800", ["x"], "text: must be a string without halves of surrogate pairs"),
+        ("job", ["x", "\udfff"], "text: must be a string without halves of surrogate pairs"),
         ("job " * 3000, ["x"], "query: 30[0-9]{2} tokens leave no room"),
         ("job", ["x", Item(id="a", title="word " * 3000, text="x")], "item 1: title of [0-9]+ tokens leaves no room"),
     ],

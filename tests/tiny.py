@@ -3,7 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,7 +16,9 @@ from jaxslm.convert.hf import NAMES
 from jaxslm.convert.tensors import is_matrix
 from jaxslm.model.decoder import Params, abstract_params
 from jaxslm.prompt import Prompt
-from jaxslm.score.scorer import Ranker, load
+
+if TYPE_CHECKING:
+    from jaxslm.score.scorer import Ranker
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Control tokens. Like Qwen3's tokenizer, `<think>` and `</think>` are added tokens that are not marked special."""
@@ -132,8 +134,10 @@ def tiny_checkpoint(path: Path, model: ModelConfig | None = None, *, seed: int =
     return path
 
 
-def tiny_ranker(path: Path, model: ModelConfig | None = None, *, seed: int = 0, **prompt: Any) -> Ranker:
+def tiny_ranker(path: Path, model: ModelConfig | None = None, *, seed: int = 0, **prompt: Any) -> "Ranker":
     """Writes a tiny checkpoint to `path`, which must not exist, and loads it."""
+    from jaxslm.score.scorer import load
+
     return load(tiny_checkpoint(path, model, seed=seed, **prompt))
 
 

@@ -4,17 +4,19 @@ import contextlib
 import io
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxslm.config import ModelConfig, RopeScaling
+from jaxslm.config import ModelConfig, RopeScaling, validate
 from jaxslm.convert.hf import read_tokenizer_files
 from jaxslm.convert.tensors import Names, assemble
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.model.layers import rope_frequencies
+
+Number = TypeVar("Number", int, float)
 
 _LAYER = "blk.{i}."
 NAMES = Names(
@@ -66,36 +68,38 @@ class GGUF:
         return ", ".join(sorted(set(kinds), key=lambda kind: (-kinds.count(kind), kind)))
 
     def read_config(self) -> ModelConfig:
-        """Returns the shape that the metadata states."""
+        """Returns the shape that the metadata states; raises InputError where it is incomplete or impossible."""
         N, K = self._setting("attention.head_count"), self._setting("attention.head_count_kv")
-        if isinstance(N, list) or isinstance(K, list) or N % K:
+        if not isinstance(N, int) or not isinstance(K, int) or K < 1 or N < 1 or N % K:
             raise InputError(
                 f"{self.path}: query heads {N} must be a multiple of key/value heads {K}, equal in all layers"
             )
-        width = int(self._setting("embedding_length"))
-        head_dim = int(self._setting("attention.key_length", width // N))
-        theta = float(self._setting("rope.freq_base", 10000.0))
+        width = self._number("embedding_length", int)
+        head_dim = self._number("attention.key_length", int, width // N)
+        theta = self._number("rope.freq_base", float, 10000.0)
         kind = self._setting("rope.scaling.type", "none")
         if kind != "none":
             raise InputError(f"{self.path}: rope scaling type {kind!r} is not supported")
-        if NAMES.embedding not in self._tensors:
-            raise InputError(f"{self.path}: tensor {NAMES.embedding} is missing")
-        return ModelConfig(
-            family=self.family,
-            vocab_size=int(self._tensors[NAMES.embedding].shape[1]),
-            width=width,
-            num_layers=int(self._setting("block_count")),
-            num_kv_heads=int(K),
-            queries_per_kv=int(N // K),
-            head_dim=head_dim,
-            mlp_width=int(self._setting("feed_forward_length")),
-            max_positions=int(self._setting("context_length")),
-            tie_embeddings=NAMES.head not in self._tensors,
-            rope_theta=theta,
-            rope_scaling=self._rope_scaling(head_dim, theta),
+        embedding = self._tensors.get(NAMES.embedding)
+        if embedding is None or len(embedding.shape) != 2:
+            raise InputError(f"{self.path}: tensor {NAMES.embedding} is missing or no matrix")
+        settings = {
+            "family": self.family,
+            "vocab_size": int(embedding.shape[1]),
+            "width": width,
+            "num_layers": self._number("block_count", int),
+            "num_kv_heads": K,
+            "queries_per_kv": N // K,
+            "head_dim": head_dim,
+            "mlp_width": self._number("feed_forward_length", int),
+            "max_positions": self._number("context_length", int),
+            "tie_embeddings": NAMES.head not in self._tensors,
+            "rope_theta": theta,
             # Stored in 32 bits; the shortest decimal that rounds to it is what the author wrote.
-            norm_eps=float(str(np.float32(self._setting("attention.layer_norm_rms_epsilon")))),
-        )
+            "norm_eps": float(str(np.float32(self._number("attention.layer_norm_rms_epsilon", float)))),
+        }
+        config = validate(ModelConfig, settings, str(self.path))
+        return config.model_copy(update={"rope_scaling": self._rope_scaling(config.head_dim, config.rope_theta)})
 
     def read_params(self, config: ModelConfig) -> Params:
         """Returns the dequantised parameters in float32; raises InputError as `assemble`."""
@@ -109,8 +113,8 @@ class GGUF:
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # a progress bar over the vocabulary
                 tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        except (ValueError, OSError, KeyError, NotImplementedError) as error:
-            raise InputError(f"{self.path}: no readable tokenizer ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # what `tokenizers` raises has no class of its own
+            raise InputError(f"{self.path}: no readable tokenizer ({' '.join(str(error).split())[:200]})") from error
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             return read_tokenizer_files(Path(folder))
@@ -125,8 +129,9 @@ class GGUF:
             raise InputError(
                 f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which is not supported"
             ) from None
-        # llama.cpp interleaves each head's rotated pairs in Q and K of llama models; ours and Hugging Face's are halves.
-        if self.family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+        # llama.cpp interleaves the rotated pairs of each head in Q and K of llama models; we and Hugging Face halve.
+        rotated = name.endswith(("attn_q.weight", "attn_k.weight"))
+        if self.family == "llama" and rotated and array.ndim == 2 and array.shape[0] % config.head_dim == 0:
             array = array.reshape(-1, config.head_dim // 2, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         return array
 
@@ -136,7 +141,8 @@ class GGUF:
         factors = np.asarray(self._tensors[_ROPE_FACTORS].data, np.float32)
         plain = np.asarray(rope_frequencies(head_dim, theta, None))
         for scaling in _LLAMA3_SCALINGS:
-            if np.allclose(plain / np.asarray(rope_frequencies(head_dim, theta, scaling)), factors, rtol=1e-3):
+            expected = plain / np.asarray(rope_frequencies(head_dim, theta, scaling))
+            if factors.shape == expected.shape and np.allclose(expected, factors, rtol=1e-3):
                 return scaling
         raise InputError(f"{self.path}: tensor {_ROPE_FACTORS} fits none of Llama 3's published RoPE scalings")
 
@@ -148,3 +154,11 @@ class GGUF:
 
     def _setting(self, name: str, default: Any = None) -> Any:
         return self._field(f"{self.family}.{name}", default)
+
+    def _number(self, name: str, kind: type[Number], default: Any = None) -> Number:
+        value = self._setting(name, default)
+        if not isinstance(value, kind):
+            raise InputError(
+                f"{self.path}: metadata {self.family}.{name} must be of type {kind.__name__}, is {value!r}"
+            )
+        return value

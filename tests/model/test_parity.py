@@ -62,7 +62,9 @@ def test_golden(name: str, part: str) -> None:
     config = PARITY_CONFIGS[name]
     arrays, facts = read_golden(name)
     assert facts["config"] == config.model_dump(mode="json"), "tests.tiny changed: run scripts/make_golden.py"
-    assert facts["params_sha256"] == params_sha256(tiny_params(config)), "numpy draws other weights than the golden ones"
+    assert facts["params_sha256"] == params_sha256(tiny_params(config)), (
+        "numpy draws other weights than the golden ones"
+    )
     np.testing.assert_allclose(ours(part, config, arrays), arrays[part], rtol=0, atol=facts["tolerances"][part])
 
 
@@ -82,7 +84,9 @@ def test_smollm2_logits() -> None:
     ranker = Ranker(smollm2(), jnp.dtype(jnp.float32))
     assert ranker.label_token_ids == tuple(arrays["label_token_ids"])
     rows = [row.tolist() for row in np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])]
-    np.testing.assert_allclose(ranker.label_logits(rows), arrays["label_logits"], rtol=0, atol=facts["tolerances"]["label_logits"])
+    np.testing.assert_allclose(
+        ranker.label_logits(rows), arrays["label_logits"], rtol=0, atol=facts["tolerances"]["label_logits"]
+    )
 
 
 def test_golden_files_are_small() -> None:
