@@ -121,7 +121,8 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
     The result is an ordinary checkpoint: a start for `train ranker`, and for the compressor.
     """
     join_hosts()
-    start, mesh, dtype = load_start(settings), make_mesh(), dtype_of(settings)
+    mesh, dtype = make_mesh(), dtype_of(settings)
+    start = load_start(settings, mesh)
     decoder = Decoder(start.config.model, dtype, settings.remat)
     tokenizer_json = start.tokenizer_files["tokenizer.json"].decode()
     data = settings.data

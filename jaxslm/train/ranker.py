@@ -87,7 +87,8 @@ def _lists(x: Array) -> Array:
 def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     """Trains a ranker, or goes on with it; see `jaxslm.train.loop.run`."""
     join_hosts()
-    start, mesh, dtype = load_start(settings), make_mesh(), dtype_of(settings)
+    mesh, dtype = make_mesh(), dtype_of(settings)
+    start = load_start(settings, mesh)
     decoder = Decoder(start.config.model, dtype, settings.remat)
     teacher = None
     if settings.teacher is not None:

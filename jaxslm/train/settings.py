@@ -1,6 +1,6 @@
 """Settings of a training run: one frozen model per `jaxslm train` verb. Paths are relative to the working directory."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -78,7 +78,7 @@ class TrainingSettings(Settings):
     evaluation: EvaluationSettings | None = None
 
     @model_validator(mode="after")
-    def _label_head_is_its_own_parameter(self) -> Self:
+    def _label_head_is_its_own_parameter(self) -> "TrainingSettings":
         if self.optimiser.label_head_factor != 1 and not self.freeze_embeddings:
             raise ValueError("optimiser.label_head_factor needs freeze_embeddings = true")
         return self
@@ -142,7 +142,7 @@ class RankerTraining(TrainingSettings):
     teacher: TeacherSettings | None = None
 
     @model_validator(mode="after")
-    def _losses_have_what_they_compare_with(self) -> Self:
+    def _losses_have_what_they_compare_with(self) -> "RankerTraining":
         weights = self.losses
         if not (weights.of_labels or weights.needs_teacher or weights.hidden):
             raise ValueError("losses: every weight is 0")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Snapshots:
                 folder / "best", max_to_keep=1, best_fn=lambda metrics: metrics[METRIC], best_mode="max"
             )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Snapshots":
         return self
 
     def __exit__(

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxslm.checkpoint import Checkpoint, load_checkpoint
 from jaxslm.config import ModelConfig, RankerConfig
@@ -13,17 +15,16 @@ from jaxslm.prompt import Prompt
 from jaxslm.train.settings import TrainingSettings
 
 
-def load_start(settings: TrainingSettings) -> Checkpoint:
-    """Returns the run's model before the first update; its parameters lie in host memory as float32 numpy arrays.
+def load_start(settings: TrainingSettings, mesh: Mesh) -> Checkpoint:
+    """Returns the run's model before the first update, its parameters in float32 and whole on every device.
 
     The manifest is the parent's but for the ranker's configuration (layers, prompt).
 
     Raises:
         InputError: no such checkpoint, or it has fewer layers than are to be kept.
     """
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        parent = load_checkpoint(Path(settings.model))
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), parent.params)
+    parent = load_checkpoint(Path(settings.model), NamedSharding(mesh, P()))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), parent.params)
     config = parent.config
     if settings.layers is not None:
         model, params = first_layers(config.model, params, settings.layers)

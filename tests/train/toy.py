@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import tiny_checkpoint, tiny_config
+from tests.tiny import tiny_checkpoint, tiny_config
 
 from jaxslm.config import load_toml
 from jaxslm.train.settings import EncoderTraining, RankerTraining

@@ -1,0 +1,261 @@
+"""Whole runs on toy data: they learn, stop and go on without a trace, and survive whatever kills them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxslm.checkpoint import load_checkpoint
+from jaxslm.errors import InputError
+from jaxslm.score.scorer import load
+from jaxslm.train import loop, step
+from jaxslm.train.loop import TrainResult, training_folder
+from jaxslm.train.partition import split_params
+from jaxslm.train.ranker import train_ranker
+from jaxslm.train.settings import RankerTraining
+from jaxslm.train.snapshots import Snapshots
+from jaxslm.train.start import load_start
+from tests.tiny import tiny_checkpoint, tiny_config
+from tests.train.toy import toy_folder, toy_ranker
+
+SHORT = ("steps=6", "save_every=2", "evaluation.every=3", "layers=1", "remat=false", "tensorboard=false")
+"""Six updates with three saves and two evaluations."""
+
+TRAIN = """
+import sys
+sys.path.insert(0, {root!r})
+import jax
+jax.config.update("jax_platforms", "cpu")
+from pathlib import Path
+from jaxslm.train.ranker import train_ranker
+from tests.train.toy import toy_ranker
+print("begun", flush=True)
+print(train_ranker(toy_ranker(Path({folder!r}), *{overrides!r}), Path({out!r})).to_json())
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy data and model of all tests here."""
+    return toy_folder(tmp_path_factory.mktemp("toy"))
+
+
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxslm.train.ranker.make_mesh", lambda: step.make_mesh(jax.devices()[:1]))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, sign: int = signal.SIGINT) -> None:
+    """Sends this process a signal while update number `steps` of the next run is being made."""
+    make_step = step.make_step
+    count = 0
+
+    def counted(*args: Any) -> Any:
+        update = make_step(*args)
+
+        def call(*args: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == steps:
+                os.kill(os.getpid(), sign)
+            return update(*args)
+
+        return call
+
+    monkeypatch.setattr(loop, "make_step", counted)
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    lines = (training_folder(out) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses_of(out: Path) -> list[float]:
+    return [line["loss"] for line in log_of(out) if "loss" in line]
+
+
+def same_parameters(left: Path, right: Path) -> bool:
+    return load_checkpoint(left).manifest.params_sha256 == load_checkpoint(right).manifest.params_sha256
+
+
+def test_a_tiny_ranker_learns_the_rule_of_the_toy_data(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    one_device(monkeypatch)
+    out = tmp_path / "ranker"
+    result = train_ranker(toy_ranker(toy, "evaluation.every=20"), out)
+    assert result.finished
+    assert result.metrics["ndcg_at_10"] > 0.95 > 0.85 > result.metrics["bm25_ndcg_at_10"]
+    losses = losses_of(out)
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.3
+    manifest = load_checkpoint(out).manifest
+    assert manifest.parent == load_checkpoint(toy / "tiny").manifest.params_sha256
+    assert manifest.metrics == result.metrics
+    scores = load(out).score("red blue", ["red blue amber python", "green green black job"])
+    assert scores[1] > scores[0]
+    assert sorted(path.name for path in training_folder(out).iterdir()) == ["log.jsonl", "settings.json", "tensorboard"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, monkeypatch: Any, sign: int) -> None:
+    one_device(monkeypatch)
+    settings = toy_ranker(toy, *SHORT)
+    assert train_ranker(settings, tmp_path / "whole").finished
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3, sign)
+        handler = signal.getsignal(sign)
+        stopped = train_ranker(settings, tmp_path / "parts")
+        assert signal.getsignal(sign) is handler
+    assert stopped == TrainResult(False, 3, 6, tmp_path / "parts", {})
+    assert not (tmp_path / "parts").exists()
+    assert train_ranker(settings, tmp_path / "parts").finished
+    assert same_parameters(tmp_path / "whole", tmp_path / "parts")
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
+
+
+def test_a_run_of_one_device_goes_on_with_eight(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    on_one, on_eight = (toy_ranker(toy, *SHORT, f"optimiser.accumulate={count}") for count in (8, 1))
+    with monkeypatch.context() as patched:
+        one_device(patched)
+        train_ranker(on_one, tmp_path / "one")
+        stop_after(patched, 3)
+        train_ranker(on_one, tmp_path / "both")
+    recorded = training_folder(tmp_path / "both") / "settings.json"
+    recorded.write_text(recorded.read_text().replace('"accumulate": 8', '"accumulate": 1'))
+    train_ranker(on_eight, tmp_path / "both")
+    np.testing.assert_allclose(losses_of(tmp_path / "both"), losses_of(tmp_path / "one"), rtol=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_queries(
+    toy: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    one_device(monkeypatch)
+    put_batch, count = step.put_batch, 0
+
+    def poisoned(parts: Any, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            parts[0]["labels"][:] = np.inf
+        return put_batch(parts, *args)
+
+    monkeypatch.setattr(loop, "put_batch", poisoned)
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"update 4: loss nan|update 4: loss inf"):
+        train_ranker(toy_ranker(toy, *SHORT), out)
+    told = json.loads((training_folder(out) / "not-finite.json").read_text())
+    assert told["step"] == 4
+    assert all(name.startswith("train-") for name in told["query_ids"])
+    assert len(log_of(out)) == 4  # three updates and an evaluation
+    monkeypatch.setattr(loop, "put_batch", put_batch)
+    assert train_ranker(toy_ranker(toy, *SHORT), out).finished
+
+
+def test_a_full_disk_is_told_and_the_last_save_stays(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    one_device(monkeypatch)
+    out = tmp_path / "out"
+    save, count = ocp.CheckpointManager.save, 0
+
+    def failing(self: Any, number: int, *args: Any, **more: Any) -> Any:
+        if number == 4:
+            raise OSError(28, "No space left on device")
+        return save(self, number, *args, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.CheckpointManager, "save", failing)
+        with pytest.raises(InputError, match=r"cannot save, earlier saves are intact \(.*No space left on device"):
+            train_ranker(toy_ranker(toy, *SHORT), out)
+    with Snapshots(training_folder(out), step.make_mesh(jax.devices()[:1])) as snapshots:
+        assert snapshots.last_step == 3
+    assert train_ranker(toy_ranker(toy, *SHORT), out).finished
+
+
+def test_another_run_in_the_same_place_is_refused(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    one_device(monkeypatch)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        train_ranker(toy_ranker(toy, *SHORT), out)
+    with pytest.raises(InputError, match=r"out.training: was begun with another steps \(6, now 7\)"):
+        train_ranker(toy_ranker(toy, *SHORT, "steps=7"), out)
+    out.mkdir()
+    with pytest.raises(InputError, match="exists"):
+        train_ranker(toy_ranker(toy, *SHORT), out)
+
+
+def test_data_that_ends_early_is_told(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    one_device(monkeypatch)
+    with pytest.raises(InputError, match="data: ended after 15 of 60 updates"):
+        train_ranker(toy_ranker(toy, "data.epochs=1", "layers=1", "remat=false"), tmp_path / "out")
+
+
+def test_teacher_on_the_fly(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A student that only sees a teacher comes nearer to it; a teacher with another prompt is refused."""
+    one_device(monkeypatch)
+    prompt = {"template": "yes-no", "instruction": "Match", "max_tokens": 192}
+    teacher = tiny_checkpoint(tmp_path / "teacher", tiny_config("llama"), seed=1, **prompt)
+    only = ("losses.binary_cross_entropy=0.0", "losses.list_softmax=0.0", "losses.hidden=1.0", "remat=false")
+    terms = ("losses.distillation=1.0", "losses.list_distillation=0.5", "losses.distillation_temperature=2.0")
+    shape = ("steps=20", "save_every=20", "evaluation.every=20")
+    settings = toy_ranker(toy, f"teacher.checkpoint={teacher}", *only, *terms, *shape)
+    train_ranker(settings, tmp_path / "student")
+    losses = losses_of(tmp_path / "student")
+    assert losses[-1] < 0.7 * losses[0]
+    other = tiny_checkpoint(tmp_path / "other", tiny_config("llama"), seed=1, template="yes-no")
+    with pytest.raises(InputError, match="has another tokenizer or prompt than the student"):
+        train_ranker(toy_ranker(toy, f"teacher.checkpoint={other}", *only, *terms), tmp_path / "refused")
+
+
+def test_signals_outside_the_main_thread_are_left_alone(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    one_device(monkeypatch)
+    results: list[TrainResult] = []
+    settings = toy_ranker(toy, *SHORT, "steps=2", "save_every=2", "evaluation.every=2")
+    thread = threading.Thread(target=lambda: results.append(train_ranker(settings, tmp_path / "out")))
+    thread.start()
+    thread.join()
+    assert results[0].finished
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_leaves_a_run_that_goes_on(toy: Path, tmp_path: Path) -> None:
+    """Ten kills at random moments of a run that saves after every update; each time the last save must load."""
+    overrides = ("steps=400", "save_every=1", "evaluation.every=400", "layers=1", "remat=false", "tensorboard=false")
+    out = tmp_path / "out"
+    root = str(Path(__file__).parents[2])
+    code = TRAIN.format(root=root, folder=str(toy), overrides=overrides, out=str(out))
+    generator = np.random.default_rng(0)
+    settings: RankerTraining = toy_ranker(toy, *overrides)
+    steps = []
+    for _ in range(10):
+        with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.DEVNULL) as process:
+            log, known = training_folder(out) / "log.jsonl", len(steps) and steps[-1]
+            deadline = time.monotonic() + 120
+            while not (log.exists() and log.read_text().count("\n") > known + 1) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(generator.uniform(0, 0.7))
+            process.kill()
+        steps.append(saved_step(settings, out))
+        assert log.read_text().count("\n") <= steps[-1] + 3  # no more than what was not yet saved is lost
+    assert steps == sorted(steps)
+    assert steps[0] > 0
+
+
+def saved_step(settings: RankerTraining, out: Path) -> int:
+    """Restores the last save as a resumed run would; returns its update."""
+    mesh = step.make_mesh(jax.devices()[:1])
+    start = load_start(settings, mesh)
+    trainable, _ = split_params(start.params, start.config, freeze_embeddings=settings.freeze_embeddings)
+    abstract = step.abstract_state(trainable, step.make_optimiser(settings.optimiser, settings.steps))
+    with Snapshots(training_folder(out), mesh) as snapshots:
+        state, positions = snapshots.restore(abstract)
+        assert len(positions) == 1
+        assert int(state["step"]) == snapshots.last_step
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+        return int(state["step"])

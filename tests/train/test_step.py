@@ -1,0 +1,183 @@
+"""The update: the same on any number of devices, unhurt by losses that are not finite, and what trains at all."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jaxslm.model.decoder import Decoder
+from jaxslm.model.head import label_rows, log_odds
+from jaxslm.model.layout import Rows
+from jaxslm.train import losses
+from jaxslm.train.encoder import encoder_loss
+from jaxslm.train.partition import LABEL_ROWS, join_params, split_params
+from jaxslm.train.ranker import ranker_loss
+from jaxslm.train.settings import LossWeights, OptimiserSettings
+from jaxslm.train.step import (
+    LossFn,
+    init_state,
+    learning_rates,
+    make_mesh,
+    make_optimiser,
+    make_step,
+    put_batch,
+    sharding_of,
+)
+from tests.tiny import tiny_config, tiny_params, tiny_ranker_config
+
+OPTIMISER = OptimiserSettings(learning_rate=1e-2, warmup_steps=2)
+CONFIG = tiny_ranker_config(tiny_config("llama", num_layers=1))
+UNTIED = tiny_ranker_config(tiny_config(num_layers=1, tie_embeddings=False))
+R, J, PREFIX, ITEM = 2, 8, 6, 5
+
+
+def list_batch(generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Returns a made ranker batch: two lists of eight items with 2 to 5 tokens."""
+    M = R * (PREFIX + J * ITEM)
+    items = (R * PREFIX + np.arange(R * J * ITEM)).reshape(R, J, ITEM)
+    lengths = generator.integers(2, ITEM + 1, (R, J, 1))
+    return {
+        "tokens": generator.integers(1, 380, M).astype(np.int32),
+        "prefix": np.arange(R * PREFIX, dtype=np.int32).reshape(R, PREFIX),
+        "items": np.where(np.arange(ITEM) < lengths, items, M).astype(np.int32),
+        "labels": generator.choice([0, 1 / 3, 1], (R, J)).astype(np.float32),
+        "valid": np.ones((R, J), bool),
+    }
+
+
+def pair_batch(generator: np.random.Generator, pairs: int) -> dict[str, np.ndarray]:
+    """Returns a made batch of pairs, each of which is relevant to itself alone."""
+    tokens = {name: generator.integers(1, 380, (pairs, 5)).astype(np.int32) for name in ("query_tokens", "item_tokens")}
+    valid = np.ones((pairs, 5), bool)
+    return {**tokens, "query_valid": valid, "item_valid": valid, "positive": np.eye(pairs, dtype=bool)}
+
+
+def train(
+    make_loss: Any, parts: list[list[dict[str, np.ndarray]]], *, devices: int, accumulate: int, freeze: bool = True
+) -> tuple[list[float], Any]:
+    """Runs one update per element of `parts`; returns the losses and the final state."""
+    mesh = make_mesh(jax.devices()[:devices])
+    trainable, tables = split_params(tiny_params(CONFIG.model), CONFIG, freeze_embeddings=freeze)
+    optimiser = make_optimiser(OPTIMISER, 10)
+    state = init_state(trainable, optimiser, mesh)
+    frozen = {"tables": jax.device_put(tables, NamedSharding(mesh, P())), "teacher": {}}
+    step = make_step(make_loss(mesh), optimiser, mesh)
+    curve = []
+    for part in parts:
+        state, metrics = step(state, frozen, put_batch(part, accumulate, mesh))
+        curve.append(float(metrics["loss"]))
+    return curve, state
+
+
+def made_loss(mesh: Any, *, remat: bool = False, **weights: float) -> LossFn:
+    decoder = Decoder(CONFIG.model, jnp.float32, remat)
+    return ranker_loss(CONFIG, decoder, LossWeights(**({"list_softmax": 1.0} | weights)), mesh, None)
+
+
+def test_one_device_and_eight_give_the_same_losses_and_parameters() -> None:
+    generator = np.random.default_rng(0)
+    parts = [[list_batch(generator) for _ in range(8)] for _ in range(3)]
+    one, state_of_one = train(made_loss, parts, devices=1, accumulate=8, freeze=False)
+    eight, state_of_eight = train(made_loss, parts, devices=8, accumulate=1, freeze=False)
+    np.testing.assert_allclose(one, eight, rtol=1e-5)
+    for left, right in zip(
+        *(jax.tree.leaves(state["params"]) for state in (state_of_one, state_of_eight)), strict=True
+    ):
+        np.testing.assert_allclose(left, right, atol=2e-4)
+    embedding = state_of_eight["params"]["embedding"]
+    assert embedding.addressable_shards[0].data.shape == (CONFIG.model.vocab_size // 8, CONFIG.model.width)
+    assert jax.tree.leaves(state_of_one["params"])[0].sharding.is_fully_replicated
+
+
+def test_items_of_all_devices_are_negatives() -> None:
+    generator = np.random.default_rng(0)
+    halves = [pair_batch(generator, 4) for _ in range(2)]
+    whole = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]} | {"positive": np.eye(8) > 0}
+
+    def loss(mesh: Any) -> LossFn:
+        return encoder_loss(CONFIG, Decoder(CONFIG.model), 0.05, mesh)
+
+    (one,), _ = train(loss, [[whole]], devices=1, accumulate=1)
+    (two,), _ = train(loss, [halves], devices=2, accumulate=1)
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+def test_remat_changes_nothing_but_memory() -> None:
+    parts = [[list_batch(np.random.default_rng(seed))] for seed in range(2)]
+    plain, _ = train(made_loss, parts, devices=1, accumulate=1)
+    remat, _ = train(lambda mesh: made_loss(mesh, remat=True), parts, devices=1, accumulate=1)
+    np.testing.assert_allclose(plain, remat, rtol=1e-6)
+
+
+def test_loss_is_that_of_whole_rows() -> None:
+    batch = list_batch(np.random.default_rng(1))
+    (loss,), _ = train(lambda mesh: made_loss(mesh, pairwise_logistic=0.5), [[batch]], devices=1, accumulate=1)
+    params = tiny_params(CONFIG.model)
+    T = PREFIX + ITEM
+    tokens = np.append(batch["tokens"], 0)
+    prefix = np.repeat(batch["prefix"], J, axis=0)
+    index = np.concatenate([prefix, batch["items"].reshape(-1, ITEM)], axis=1)
+    states = Decoder(CONFIG.model).apply(
+        {"params": params}, jnp.asarray(tokens[index]), Rows(jnp.asarray(index < len(tokens) - 1))
+    )
+    assert isinstance(states, Array)
+    assert index.shape == (R * J, T)
+    odds = log_odds(states, label_rows(params, CONFIG.label_token_ids)).reshape(R, J)
+    labels, valid = jnp.asarray(batch["labels"]), jnp.asarray(batch["valid"])
+    expected = losses.binary_cross_entropy(odds, labels, valid) + losses.list_softmax(odds, labels, valid)
+    expected += 0.5 * losses.pairwise_logistic(odds, labels, valid)
+    np.testing.assert_allclose(loss, float(expected), rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_state_alone() -> None:
+    good, bad = list_batch(np.random.default_rng(0)), list_batch(np.random.default_rng(1))
+    bad["labels"][0, 0] = np.nan
+    (_, lost), after_both = train(made_loss, [[good], [bad]], devices=1, accumulate=1)
+    _, after_good = train(made_loss, [[good]], devices=1, accumulate=1)
+    assert np.isnan(lost)
+    for left, right in zip(jax.tree.leaves(after_both), jax.tree.leaves(after_good), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_frozen_tables_keep_all_rows_but_the_labels(config: Any) -> None:
+    params = tiny_params(config.model)
+    trainable, tables = split_params(params, config, freeze_embeddings=True)
+    assert set(tables) == {"embedding"} | ({"head"} if config is UNTIED else set())
+    jax.tree.map(np.testing.assert_array_equal, join_params(trainable, tables, config), params)
+    trainable[LABEL_ROWS] = trainable[LABEL_ROWS] + 1
+    joined = join_params(trainable, tables, config)
+    changed = "head" if config is UNTIED else "embedding"
+    for name in tables:
+        moved = np.flatnonzero(np.any(np.asarray(joined[name]) != np.asarray(params[name]), axis=1))
+        assert moved.tolist() == (sorted(config.label_token_ids) if name == changed else [])
+
+
+def test_without_freezing_every_parameter_moves() -> None:
+    batch = list_batch(np.random.default_rng(0))
+    _, state = train(made_loss, [[batch]], devices=1, accumulate=1, freeze=False)
+    before = tiny_params(CONFIG.model)
+    moved = jax.tree.map(lambda new, old: bool(jnp.any(new != old)), state["params"], before)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_the_largest_divisible_axis_is_split() -> None:
+    mesh = make_mesh(jax.devices()[:4])
+    assert sharding_of((8, 16), mesh).spec == P(None, "data")
+    assert sharding_of((16, 6), mesh).spec == P("data")
+    assert sharding_of((3, 6), mesh).spec == P()
+    assert sharding_of((), mesh).spec == P()
+
+
+def test_learning_rate_rises_then_falls_to_its_last_share() -> None:
+    rates = learning_rates(OptimiserSettings(learning_rate=1.0, warmup_steps=4, final_fraction=0.1), 20)
+    values = [float(rates(step)) for step in range(21)]
+    assert 0 < values[0] < values[1] < values[4] == 1.0
+    assert values[4:] == sorted(values[4:], reverse=True)
+    np.testing.assert_allclose(values[20], 0.1, rtol=1e-5)
+    assert float(learning_rates(OptimiserSettings(learning_rate=1.0), 10)(0)) == 1.0
