@@ -1,63 +1,317 @@
-"""From ragged rows to a few static shapes, in plain numpy: no other shape ever reaches the compiled function."""
+"""From ragged requests to a few static shapes, in plain numpy: no other shape ever reaches the compiled function.
+
+A forward pass takes whole items of any requests, end to end in M token places, each request's prefix once in front of
+its items. Items stand in a grid of R rows of J slots; the items of one row share one prefix, and a request takes as
+many rows as it needs. So a bucket fits any mix of requests, and linear maps see padding only behind the last token.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int32
 
+from jaxslm.config import Bucket, BucketConfig
 from jaxslm.errors import InputError
 
-LENGTH_EDGES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-"""Row lengths that are compiled for, in tokens; neighbours differ by a third to a half, which bounds the padding."""
-
-TOKENS_PER_BATCH = 4096
-"""A batch holds at most this many tokens, padding included, unless one row alone is longer."""
+TOKENS_PER_PAIR = 1 / 1500
+"""What one attended (query, key) pair costs, as a share of a token in the linear maps: about 1/3000 for models of
+0.1 to 0.6 B parameters, counted double because small products run at half the speed."""
 
 
 @dataclass(frozen=True)
-class RowBatch:
-    """One static shape filled with rows.
+class PackRequest:
+    """One request in token ids.
 
     Attributes:
-        tokens: [B, T] int32, zero where there is padding. valid: [B, T], True at real tokens.
-        rows: index of each real row in the input; the batch's first `len(rows)` rows, in this order.
+        prefix_ids: what all items share; may be empty. item_ids: the tokens of each item, at least one each.
+        vectors: embeddings [items, C, D] that replace the first C tokens of each item, if any.
     """
 
-    tokens: np.ndarray
-    valid: np.ndarray
-    rows: np.ndarray
+    prefix_ids: Sequence[int]
+    item_ids: Sequence[Sequence[int]]
+    vectors: Float[np.ndarray, "J C D"] | None = None
 
 
-def row_shape(length: int, count: int) -> tuple[int, int]:
-    """Returns the static (B, T) for up to `count` rows of up to `length` tokens: T an edge, B a power of four or full.
+@dataclass(frozen=True)
+class Forward:
+    """One bucket filled with items.
 
-    Raises:
-        InputError: the length is above the last edge.
+    Attributes:
+        bucket: the shape. tokens: [M] int32, zero where there is padding.
+        prefix: [R, P], items: [R, J, T]: index of each token in `tokens`, M where there is none.
+        vectors: [R, J, C, D] if the bucket has vectors.
+        places: for each item held, its slot in the flattened [R, J]. indices: its number among all items of the input.
+        real_tokens: how many of the M places are filled.
     """
-    if length > LENGTH_EDGES[-1]:
-        raise InputError(f"row of {length} tokens: the longest that is compiled for is {LENGTH_EDGES[-1]}")
-    T = next(edge for edge in LENGTH_EDGES if edge >= length)
-    full = max(1, TOKENS_PER_BATCH // T)
-    return min(full, next(4**power for power in range(16) if 4**power >= count)), T
+
+    bucket: Bucket
+    tokens: Int32[np.ndarray, " M"]
+    prefix: Int32[np.ndarray, "R P"]
+    items: Int32[np.ndarray, "R J T"]
+    vectors: Float[np.ndarray, "R J C D"] | None
+    places: Int[np.ndarray, " held"]
+    indices: Int[np.ndarray, " held"]
+    real_tokens: int
+
+    @property
+    def batch(self) -> dict[str, np.ndarray]:
+        """The arrays that the compiled function takes."""
+        batch = {"tokens": self.tokens, "prefix": self.prefix, "items": self.items}
+        return batch if self.vectors is None else batch | {"vectors": self.vectors}
 
 
-def pack_rows(rows: Sequence[Sequence[int]]) -> Iterator[RowBatch]:
-    """Yields batches that hold every row once, longest first, each in the smallest static shape that fits.
+def pair_tokens(bucket: Bucket) -> float:
+    """Returns the cost of the bucket's attention in tokens of linear work: items over prefix and half of themselves."""
+    slots = bucket.rows * bucket.items_per_row * bucket.item_tokens
+    pairs = slots * (bucket.prefix_tokens + bucket.item_tokens / 2) + bucket.rows * bucket.prefix_tokens**2 / 2
+    return pairs * TOKENS_PER_PAIR
 
-    Raises:
-        InputError: a row is empty or longer than the last edge.
+
+class Packer:
+    """Packs requests into the buckets of a configuration; keeps what it worked out about them."""
+
+    def __init__(self, config: BucketConfig) -> None:
+        self.config = config
+        self._cost = {bucket: bucket.tokens + pair_tokens(bucket) + config.overhead_tokens for bucket in config.buckets}
+        self._item_edges = np.array(sorted({bucket.item_tokens for bucket in config.buckets}))
+        self._prefix_edges = np.array(sorted({bucket.prefix_tokens for bucket in config.buckets}))
+        self._candidates: dict[tuple[int, int, int], list[Bucket]] = {}
+
+    @property
+    def longest_item(self) -> int:
+        """The most tokens that an item may have."""
+        return int(self._item_edges[-1])
+
+    def pack(self, requests: Sequence[PackRequest], replicas: int = 1) -> Iterator[list[Forward]]:
+        """Yields forward passes that together hold every item once, in groups of up to `replicas` of one bucket.
+
+        Longest items first, so that each pass holds items of like length; at each step the bucket that does most
+        useful work for its cost is taken. A request that does not fit is split and its prefix repeated; small
+        requests share.
+
+        Raises:
+            InputError: an item without tokens, or an item and its prefix that no bucket holds.
+        """
+        work = _Work.of([self._joined(request) for request in requests])
+        classes = np.searchsorted(self._item_edges, work.lengths)
+        order = np.lexsort((work.request_of_item, -classes))
+        while len(order):
+            bucket, counts = self._choose(work, order, replicas)
+            group = []
+            for count in counts:
+                group.append(_fill(work, order[:count], bucket))
+                order = order[count:]
+            yield group
+
+    def _joined(self, request: PackRequest) -> PackRequest:
+        """The request as it is, or with a prefix that no bucket holds as part of every item: exact, but not shared."""
+        if len(request.prefix_ids) <= self._prefix_edges[-1] or request.vectors is not None:
+            return request
+        return PackRequest((), [[*request.prefix_ids, *item] for item in request.item_ids])
+
+    def cost_tokens(self, requests: Sequence[PackRequest]) -> float:
+        """Returns the cost of scoring these requests in tokens of linear work, padding and overhead included."""
+        return sum(self._cost[forward.bucket] for group in self.pack(requests) for forward in group)
+
+    def padding_fraction(self, requests: Sequence[PackRequest]) -> float:
+        """Returns the share of token places that hold no token when these requests are packed together."""
+        forwards = [forward for group in self.pack(requests) for forward in group]
+        real = sum(forward.real_tokens for forward in forwards)
+        return 1.0 - real / sum(forward.bucket.tokens for forward in forwards)
+
+    def _choose(self, work: "_Work", order: Int[np.ndarray, " left"], replicas: int) -> tuple[Bucket, list[int]]:
+        """Returns the bucket with the most item tokens per cost for the next items, and how many go into each copy."""
+        length, prefix = int(work.lengths[order[0]]), int(work.prefix_lengths[work.request_of_item[order[0]]])
+        best: tuple[float, Bucket, list[int]] | None = None
+        windows = {0: _Window.of(work, order)}
+        for bucket in self._holding(length, prefix, work.vectors_per_item):
+            counts: list[int] = []
+            start = 0
+            while len(counts) < replicas and start < len(order):
+                if start not in windows:
+                    windows[start] = _Window.of(work, order[start:])
+                count = windows[start].fitting(bucket)
+                if count == 0:
+                    break
+                counts.append(count)
+                start += count
+            value = float(work.lengths[order[:start]].sum()) / self._cost[bucket]
+            if counts and (best is None or value > best[0]):
+                best = value, bucket, counts
+        if best is None:
+            raise InputError(
+                f"item of {length} tokens after a prefix of {prefix}: no bucket holds it (the longest item is"
+                f" {self._item_edges[-1]}, the longest prefix {self._prefix_edges[-1]} tokens)"
+            )
+        return best[1], best[2]
+
+    def _holding(self, length: int, prefix: int, vectors_per_item: int) -> list[Bucket]:
+        """The buckets for items and prefixes of this class, without those of needlessly long items."""
+        item_class = int(np.searchsorted(self._item_edges, length))
+        prefix_class = int(np.searchsorted(self._prefix_edges, prefix))
+        key = item_class, prefix_class, vectors_per_item
+        if key not in self._candidates:
+            if item_class == len(self._item_edges) or prefix_class == len(self._prefix_edges):
+                return []
+            item, prefix = int(self._item_edges[item_class]), int(self._prefix_edges[prefix_class])
+            large_enough = [
+                bucket
+                for bucket in self.config.buckets
+                if bucket.item_tokens >= item and bucket.prefix_tokens >= prefix
+                if bucket.vectors_per_item == vectors_per_item
+            ]
+            shortest = min((bucket.item_tokens for bucket in large_enough), default=0)
+            self._candidates[key] = [bucket for bucket in large_enough if bucket.item_tokens <= 2 * shortest]
+        return self._candidates[key]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All requests as arrays. `pool` holds every prefix and every item end to end."""
+
+    pool: Int32[np.ndarray, " all"]
+    prefix_lengths: Int[np.ndarray, " requests"]
+    prefix_starts: Int[np.ndarray, " requests"]
+    lengths: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " n"]
+    request_of_item: Int[np.ndarray, " n"]
+    vectors: Float[np.ndarray, "n C D"] | None
+
+    @property
+    def vectors_per_item(self) -> int:
+        return 0 if self.vectors is None else self.vectors.shape[1]
+
+    @classmethod
+    def of(cls, requests: Sequence[PackRequest]) -> "_Work":
+        prefixes = [request.prefix_ids for request in requests]
+        items = list(chain.from_iterable(request.item_ids for request in requests))
+        prefix_lengths = np.fromiter(map(len, prefixes), np.int64, len(prefixes))
+        lengths = np.fromiter(map(len, items), np.int64, len(items))
+        if (lengths == 0).any():
+            raise InputError(f"item {int(np.argmin(lengths))}: has no tokens")
+        ends = np.cumsum(np.concatenate([prefix_lengths, lengths]))
+        pool = np.fromiter(chain.from_iterable(chain(prefixes, items)), np.int32, int(ends[-1]) if len(ends) else 0)
+        starts = ends - np.concatenate([prefix_lengths, lengths])
+        counts = np.fromiter((len(request.item_ids) for request in requests), np.int64, len(requests))
+        vectors = [request.vectors for request in requests if request.vectors is not None]
+        if vectors and len(vectors) != len(requests):
+            raise InputError("requests: all or none must have vectors")
+        return cls(
+            pool,
+            prefix_lengths,
+            starts[: len(prefixes)],
+            lengths,
+            starts[len(prefixes) :],
+            np.repeat(np.arange(len(requests)), counts),
+            np.concatenate(vectors) if vectors else None,
+        )
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Consecutive items of one request. `first`: [n], True where one begins; `place`: [n], number within the run."""
+
+    first: Bool[np.ndarray, " n"]
+    place: Int[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, request: Int[np.ndarray, " n"]) -> "_Runs":
+        first = np.empty(len(request), bool)
+        first[0] = True
+        np.not_equal(request[1:], request[:-1], out=first[1:])
+        numbers = np.arange(len(request))
+        return cls(first, numbers - np.maximum.accumulate(np.where(first, numbers, 0)))
+
+
+WINDOW = 4096
+"""A forward pass holds at most this many items."""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The next items, with what a pass that takes the first n of them needs: running totals, [n] each.
+
+    Attributes:
+        tokens: item and prefix tokens. prefixes: the longest prefix. runs: whose items follow one another.
+        rows: by items per row, grid rows; filled when asked for.
     """
-    lengths = np.array([len(row) for row in rows])
-    if (lengths == 0).any():
-        raise InputError(f"row {int(np.argmin(lengths))}: has no tokens")
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        B, T = row_shape(int(lengths[order[start]]), len(order) - start)
-        chosen = order[start : start + B]
-        start += len(chosen)
-        tokens, valid = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
-        for slot, row in enumerate(chosen):
-            tokens[slot, : lengths[row]] = rows[row]
-            valid[slot, : lengths[row]] = True
-        yield RowBatch(tokens, valid, chosen)
+
+    tokens: Int[np.ndarray, " n"]
+    prefixes: Int[np.ndarray, " n"]
+    runs: _Runs
+    rows: dict[int, Int[np.ndarray, " n"]]
+
+    @classmethod
+    def of(cls, work: _Work, order: Int[np.ndarray, " left"]) -> "_Window":
+        order = order[:WINDOW]
+        request = work.request_of_item[order]
+        runs, prefixes = _Runs.of(request), work.prefix_lengths[request]
+        tokens = np.cumsum(work.lengths[order] + prefixes * runs.first)
+        return cls(tokens, np.maximum.accumulate(prefixes), runs, {})
+
+    def fitting(self, bucket: Bucket) -> int:
+        """Returns how many of the items the bucket holds; it must be one of their class (items only get shorter)."""
+        J = bucket.items_per_row
+        if J not in self.rows:
+            self.rows[J] = np.cumsum(self.runs.place % J == 0)
+        limits = (self.tokens, bucket.tokens), (self.rows[J], bucket.rows), (self.prefixes, bucket.prefix_tokens)
+        return min(int(values.searchsorted(limit, side="right")) for values, limit in limits)
+
+
+def _fill(work: _Work, indices: Int[np.ndarray, " held"], bucket: Bucket) -> Forward:
+    """Returns the forward pass of these items: each run's prefix and then its items, end to end."""
+    M, R, P = bucket.tokens, bucket.rows, bucket.prefix_tokens
+    J, T = bucket.items_per_row, bucket.item_tokens
+    lengths, request = work.lengths[indices], work.request_of_item[indices]
+    runs = _Runs.of(request)
+    # Two segments per item, its run's prefix (empty but for the first of a run) and itself, in the order they are laid.
+    segments = np.stack([work.prefix_lengths[request] * runs.first, lengths], axis=1).reshape(-1)
+    sources = np.stack([work.prefix_starts[request], work.starts[indices]], axis=1).reshape(-1)
+    ends = np.cumsum(segments)
+    begins, total = ends - segments, int(ends[-1])
+    tokens = np.zeros(M, np.int32)
+    tokens[:total] = work.pool[np.repeat(sources - begins, segments) + np.arange(total)]
+
+    begins_row = runs.place % J == 0
+    row = np.cumsum(begins_row) - 1
+    run_starts = begins[::2][runs.first][np.cumsum(runs.first) - 1]
+    places = row * J + runs.place % J
+    prefix = np.full((R, P), M, np.int32)
+    prefix[: int(row[-1]) + 1] = _indices(
+        run_starts[begins_row], work.prefix_lengths[request[begins_row]], P, otherwise=M
+    )
+    items = np.full((R * J, T), M, np.int32)
+    items[places] = _indices(begins[1::2], lengths, T, otherwise=M)
+    vectors = None
+    if work.vectors is not None:
+        vectors = np.zeros((R * J, *work.vectors.shape[1:]), work.vectors.dtype)
+        vectors[places] = work.vectors[indices]
+        vectors = vectors.reshape(R, J, *work.vectors.shape[1:])
+    return Forward(bucket, tokens, prefix, items.reshape(R, J, T), vectors, places, indices, total)
+
+
+def _indices(starts: np.ndarray, lengths: np.ndarray, width: int, *, otherwise: int) -> np.ndarray:
+    """Returns [n, width]: starts, starts + 1, ... for `lengths` entries, then `otherwise`."""
+    offsets = np.arange(width)
+    return np.where(offsets < lengths[:, None], starts[:, None] + offsets, otherwise)
+
+
+def empty_forward(bucket: Bucket, vectors: np.ndarray | None = None) -> Forward:
+    """Returns a pass without items: what a device computes when it has nothing to do, and what warm-up compiles with.
+
+    Args:
+        vectors: vectors of another pass of the bucket, whose shape and dtype the empty ones get.
+    """
+    M, none = bucket.tokens, np.zeros(0, np.int64)
+    return Forward(
+        bucket,
+        np.zeros(M, np.int32),
+        np.full((bucket.rows, bucket.prefix_tokens), M, np.int32),
+        np.full((bucket.rows, bucket.items_per_row, bucket.item_tokens), M, np.int32),
+        None if vectors is None else np.zeros_like(vectors),
+        none,
+        none,
+        0,
+    )

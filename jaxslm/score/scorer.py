@@ -1,51 +1,25 @@
-"""Scoring: a ranker loaded from a checkpoint, and the pure compiled function that services import."""
+"""Scoring: a ranker loaded from a checkpoint."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.typing import DTypeLike
 
 from jaxslm.checkpoint import Checkpoint, load_checkpoint
-from jaxslm.config import RankerConfig
+from jaxslm.config import BucketConfig
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
-from jaxslm.model.decoder import Decoder, Params
-from jaxslm.model.head import label_logits, label_rows
-from jaxslm.model.layout import Rows
+from jaxslm.model.decoder import Params
 from jaxslm.prompt import EncodedRequest
-from jaxslm.score.packing import pack_rows
+from jaxslm.score.compiled import CompiledScorer, compute_dtype, make_score_fn
+from jaxslm.score.packing import PackRequest
+from jaxslm.score.warmup import warm_up
 
-ScoreFn = Callable[[Params, dict[str, Array]], Array]
-
-
-def compute_dtype() -> jnp.dtype:
-    """The number type of this machine's accelerator: bfloat16 on GPU and TPU, float32 on CPU."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-
-
-@cache
-def make_score_fn(config: RankerConfig, dtype: jnp.dtype | None = None) -> ScoreFn:
-    """Returns the jitted, pure `score_fn(params, batch) -> logits`.
-
-    The batch is `{"tokens": int [B, T], "valid": bool [B, T]}`, rows of a whole prompt each; the logits are float32
-    [B, 2] of (no, yes) after each row's last real token. A row's logits do not depend on the other rows, on its slot or
-    on where its padding stands. It compiles once per shape.
-
-    Args:
-        dtype: compute dtype; `compute_dtype()` if None.
-    """
-    decoder = Decoder(config.model, dtype or compute_dtype())
-
-    def score_fn(params: Params, batch: dict[str, Array]) -> Array:
-        hidden_BD = decoder.apply({"params": params}, batch["tokens"], Rows(batch["valid"]))
-        return label_logits(hidden_BD, label_rows(params, config.label_token_ids))
-
-    return jax.jit(score_fn)
+__all__ = ["Ranker", "Scores", "compute_dtype", "load", "make_score_fn"]
 
 
 @dataclass(frozen=True)
@@ -69,13 +43,28 @@ class Scores:
 class Ranker:
     """A checkpoint ready to score on this machine. Parameters are cast once to the compute dtype."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: jnp.dtype | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: DTypeLike | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        buckets: BucketConfig | None = None,
+    ) -> None:
+        """Args as `load`."""
         self.manifest = checkpoint.manifest
         self.config = checkpoint.config
         self.prompt = checkpoint.prompt()
-        self.dtype = jnp.dtype(dtype or compute_dtype())
-        self.params: Params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), checkpoint.params)
-        self._score_fn = make_score_fn(self.config, self.dtype)
+        self.scorer = CompiledScorer(self.config, checkpoint.params, dtype=dtype, devices=devices, buckets=buckets)
+
+    @property
+    def params(self) -> Params:
+        """Parameters in the compute dtype."""
+        return self.scorer.params
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype."""
+        return self.scorer.dtype
 
     @property
     def label_token_ids(self) -> tuple[int, int]:
@@ -99,8 +88,14 @@ class Ranker:
 
     def score_encoded(self, request: EncodedRequest) -> Scores:
         """Returns the scores of a request that `Prompt.encode` built."""
-        rows = [request.prefix_ids + item_ids for item_ids in request.item_ids]
-        return Scores(self.label_logits(rows), request.truncated)
+        return self.score_many([request])[0]
+
+    def score_many(self, requests: Sequence[EncodedRequest]) -> list[Scores]:
+        """Returns the scores of several encoded requests, which share forward passes."""
+        logits = self.scorer.logits([PackRequest(request.prefix_ids, request.item_ids) for request in requests])
+        ends = np.cumsum([len(request.item_ids) for request in requests])
+        parts = np.split(logits, ends[:-1])
+        return [Scores(part, request.truncated) for part, request in zip(parts, requests, strict=True)]
 
     def label_logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Returns the last token's logits of (no, yes) for rows of token ids, float32 [rows, 2]; adds no template.
@@ -110,27 +105,35 @@ class Ranker:
         """
         if not rows:
             raise InputError("rows: at least one is needed")
+        vocab_size, longest = self.config.model.vocab_size, self.scorer.packer.longest_item
         for number, row in enumerate(rows):
-            if any(not 0 <= token < self.config.model.vocab_size for token in row):
-                raise InputError(f"row {number}: a token id is outside 0..{self.config.model.vocab_size - 1}")
-        logits = np.empty((len(rows), 2), np.float32)
-        # Dispatch is asynchronous: every batch is queued before the first result is waited for.
-        queued = [
-            (batch.rows, self._score_fn(self.params, {"tokens": batch.tokens, "valid": batch.valid}))
-            for batch in pack_rows(rows)
-        ]
-        for indices, result in queued:
-            logits[indices] = np.asarray(result)[: len(indices)]
-        return logits
+            if len(row) == 0:
+                raise InputError(f"row {number}: has no tokens")
+            if len(row) > longest:
+                raise InputError(f"row of {len(row)} tokens: the longest that is compiled for is {longest}")
+            if min(row) < 0 or max(row) >= vocab_size:
+                raise InputError(f"row {number}: a token id is outside 0..{vocab_size - 1}")
+        return self.scorer.logits([PackRequest([], rows)])
+
+    def warm_up(self, done: Callable[[int, int], None] | None = None) -> float:
+        """Compiles every bucket, so that no request waits for it; see `jaxslm.score.warmup.warm_up`."""
+        return warm_up(self.scorer, done)
 
 
-def load(path: str | Path, dtype: jnp.dtype | None = None) -> Ranker:
+def load(
+    path: str | Path,
+    dtype: DTypeLike | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    buckets: BucketConfig | None = None,
+) -> Ranker:
     """Returns the ranker of a checkpoint folder.
 
     Args:
         dtype: compute dtype; float32 on CPU and bfloat16 elsewhere if None.
+        devices: where to score; all local accelerators, or the CPU, if None.
+        buckets: the shapes to compile, fitted to the traffic; those of `default_buckets` if None.
 
     Raises:
         InputError: no checkpoint there, another format version, or a damaged one.
     """
-    return Ranker(load_checkpoint(Path(path)), dtype)
+    return Ranker(load_checkpoint(Path(path)), dtype, devices, buckets)

@@ -1,0 +1,1 @@
+"""Learned context compression: items as a few embedding tokens."""

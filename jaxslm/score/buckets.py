@@ -1,0 +1,116 @@
+"""Which shapes are compiled: defaults for any traffic, and a fit to a sample of it."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from jaxslm.config import Bucket, BucketConfig
+from jaxslm.score.packing import Packer, PackRequest
+
+ITEM_EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+"""Item lengths of the default buckets. Only attention sees the padding up to them."""
+
+PREFIX_EDGES = (64, 256, 1024)
+
+SLOT_TOKENS = 64
+"""Items of fewer tokens share rows of about this many, so that products with the prefix are not tiny."""
+
+
+def make_bucket(tokens: int, prefix: int, item: int, shortest: int, vectors_per_item: int = 0) -> Bucket:
+    """Returns a bucket of `tokens` places for items of up to `item` tokens.
+
+    Args:
+        shortest: length of the shortest items it should hold enough of to be full.
+    """
+    per_row = max(1, SLOT_TOKENS // item)
+    slots = max(1, tokens // max(shortest, 1))
+    return Bucket(
+        tokens=tokens,
+        rows=-(-slots // per_row),
+        prefix_tokens=prefix,
+        items_per_row=per_row,
+        item_tokens=item,
+        vectors_per_item=vectors_per_item,
+    )
+
+
+def default_buckets(platform: str) -> BucketConfig:
+    """Returns shapes for any traffic: items up to 8192 tokens, prefixes up to 1024.
+
+    On a CPU passes of about a thousand tokens are fastest (their states stay in cache); a GPU wants many more.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+    """
+    sizes = (128, 256, 512, 1024) if platform == "cpu" else (512, 2048, 8192)
+    buckets = []
+    for shorter, item in pairwise((ITEM_EDGES[0] // 2, *ITEM_EDGES)):
+        for prefix in PREFIX_EDGES:
+            fitting = [size for size in sizes if size >= item + prefix] or [item + prefix]
+            # Long prefixes and long items are rare: fewer sizes. Long items fill a larger pass better.
+            if item > sizes[-1] // 4 or prefix == PREFIX_EDGES[-1]:
+                fitting = sorted({fitting[-1], max(fitting[-1], 2 * sizes[-1])})
+            buckets += [make_bucket(size, prefix, item, shorter) for size in fitting]
+    return BucketConfig(buckets=tuple(buckets), overhead_tokens=32 if platform == "cpu" else 512)
+
+
+def fit_buckets(
+    requests: Sequence[PackRequest], count: int, max_tokens: int, overhead_tokens: int = 32
+) -> BucketConfig:
+    """Returns `count` or fewer buckets that make this traffic cheap, each request scored by itself.
+
+    Greedy: starts with one bucket that holds the longest prefix and item, then adds the candidate that lowers the cost
+    of the sample most, until none lowers it by half a percent. Candidates have item lengths at the sample's quantiles
+    and sizes that whole items fill.
+
+    Args:
+        requests: a sample of the traffic; a few dozen requests are enough.
+        max_tokens: size of the largest forward pass, unless one item needs more.
+    """
+    lengths = np.sort([len(item) for request in requests for item in request.item_ids])
+    prefix = _rounded(max(len(request.prefix_ids) for request in requests))
+    vectors = 0 if requests[0].vectors is None else requests[0].vectors.shape[1]
+    edges = sorted({int(np.quantile(lengths, q, method="higher")) for q in np.linspace(0.1, 1.0, 10)})
+    remaining = list(
+        dict.fromkeys(
+            make_bucket(tokens, prefix, item, shortest, vectors)
+            for shorter, item in pairwise((int(lengths[0]), *edges))
+            for shortest in (shorter, item)
+            for tokens in _sizes(requests, item, max_tokens)
+        )
+    )
+    cover = max(remaining, key=lambda bucket: (bucket.item_tokens, bucket.tokens))
+    chosen = [cover]
+    best = _separate_cost(requests, chosen, overhead_tokens)
+    while len(chosen) < count and remaining:
+        costs = [_separate_cost(requests, [*chosen, candidate], overhead_tokens) for candidate in remaining]
+        lowest = int(np.argmin(costs))
+        if costs[lowest] > best * 0.995:
+            break
+        best = costs[lowest]
+        chosen.append(remaining.pop(lowest))
+    return BucketConfig(buckets=tuple(chosen), overhead_tokens=overhead_tokens)
+
+
+def _separate_cost(requests: Sequence[PackRequest], buckets: Sequence[Bucket], overhead_tokens: int) -> float:
+    packer = Packer(BucketConfig(buckets=tuple(buckets), overhead_tokens=overhead_tokens))
+    return sum(packer.cost_tokens([request]) for request in requests)
+
+
+def _sizes(requests: Sequence[PackRequest], item: int, max_tokens: int) -> set[int]:
+    """Sizes for ragged items (`max_tokens`, its half, ...) and for equal ones (whole items, parts of a request)."""
+    prefix = max(len(request.prefix_ids) for request in requests)
+    most = max(1, (max_tokens - prefix) // item)
+    typical = int(np.median([len(request.item_ids) for request in requests]))
+    parts = -(-typical // most)
+    items = {max(1, most >> power) for power in range(5)} | {-(-typical // (parts + more)) for more in range(3)}
+    items.add(max(1, typical % most))
+    several = max_tokens // (prefix + item * typical)  # whole requests that share a pass
+    sizes = {_rounded(prefix + item * number) for number in items} | {max_tokens >> power for power in range(4)}
+    sizes.add(_rounded(several * (prefix + item * typical)))
+    return {size for size in sizes if prefix + item <= size <= max(max_tokens, _rounded(prefix + item))}
+
+
+def _rounded(tokens: int, to: int = 8) -> int:
+    return -(-tokens // to) * to

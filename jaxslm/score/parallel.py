@@ -1,0 +1,44 @@
+"""Data parallelism with pmap semantics: one replica of the weights per device, a leading device axis on the batch.
+
+`jax.pmap` itself is `jit` of `shard_map` today and copies the weights to every device at each call; here they are put
+there once. With one device everything is plain `jit`, without the leading axis.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+REPLICAS = "replicas"
+
+
+def scoring_devices() -> list[jax.Device]:
+    """Returns the devices to score on: all local accelerators, or the one CPU device that uses all cores."""
+    devices = jax.local_devices()
+    return devices[:1] if devices[0].platform == "cpu" else devices
+
+
+def _mesh(devices: Sequence[jax.Device]) -> Mesh:
+    return Mesh(np.array(devices), (REPLICAS,), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Returns the tree with a copy of every array on each device; do it once, not per call."""
+    if len(devices) == 1:
+        return jax.device_put(tree, devices[0])
+    return jax.device_put(tree, NamedSharding(_mesh(devices), PartitionSpec()))
+
+
+def parallelise(score: Callable[[Any, Any], jax.Array], devices: Sequence[jax.Device]) -> jax.stages.Wrapped:
+    """Returns jitted `score(params, batch)`; for n > 1 devices every batch array and the result have a leading [n]."""
+    if len(devices) == 1:
+        return jax.jit(score)
+
+    def replica(params: Any, batch: Any) -> jax.Array:
+        return score(params, jax.tree.map(lambda array: array[0], batch))[None]
+
+    per_device = PartitionSpec(REPLICAS)
+    sharded = jax.shard_map(replica, mesh=_mesh(devices), in_specs=(PartitionSpec(), per_device), out_specs=per_device)
+    return jax.jit(sharded)

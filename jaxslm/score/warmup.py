@@ -1,0 +1,90 @@
+"""Before the first request: every bucket compiled, compilations counted, garbage frozen; and portable artefacts.
+
+After `warm_up` no shape is left to compile, so `compilations()` must not grow any more while serving.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+from jax.typing import DTypeLike
+
+from jaxslm.config import Bucket, RankerConfig
+from jaxslm.model.decoder import abstract_params
+from jaxslm.score.compiled import Batch, CompiledScorer, make_score_fn
+
+
+class _CompilationCounter:
+    count = 0
+
+    def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+_counter = _CompilationCounter()
+jax.monitoring.register_event_duration_secs_listener(_counter)
+
+
+def compilations() -> int:
+    """Returns how many programs XLA has compiled or taken from the compilation cache since this module was imported."""
+    return _counter.count
+
+
+def warm_up(scorer: CompiledScorer, done: Callable[[int, int], None] | None = None) -> float:
+    """Compiles every bucket and runs it once, then freezes the garbage collector's view; returns the seconds it took.
+
+    Args:
+        done: called after each bucket with the number done and their total.
+    """
+    start = time.perf_counter()
+    total = len(scorer.buckets.buckets)
+    for number, group in enumerate(scorer.empty_batches(), start=1):
+        np.asarray(scorer.dispatch(group))
+        if done is not None:
+            done(number, total)
+    # What exists now lives as long as the process: the collector need not walk it in the middle of a request.
+    gc.collect()
+    gc.freeze()
+    return time.perf_counter() - start
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Keeps compiled programs in a folder, so that the next process loads them instead."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def abstract_batch(bucket: Bucket, width: int, dtype: DTypeLike = jnp.float32) -> Batch:
+    """Returns the bucket's batch as shapes and dtypes: what to lower, compile ahead or export with."""
+    R, J, C = bucket.rows, bucket.items_per_row, bucket.vectors_per_item
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((bucket.tokens,), jnp.int32),
+        "prefix": jax.ShapeDtypeStruct((R, bucket.prefix_tokens), jnp.int32),
+        "items": jax.ShapeDtypeStruct((R, J, bucket.item_tokens), jnp.int32),
+    }
+    return batch | {"vectors": jax.ShapeDtypeStruct((R, J, C, width), dtype)} if C else batch
+
+
+def compile_ahead(config: RankerConfig, bucket: Bucket, dtype: DTypeLike) -> jax.stages.Compiled:
+    """Returns the bucket's program compiled for the first local device, without any weights in memory."""
+    params = abstract_params(config.model, jnp.dtype(dtype))
+    return make_score_fn(config, dtype=dtype).lower(params, abstract_batch(bucket, config.model.width, dtype)).compile()
+
+
+def export_score_fn(config: RankerConfig, bucket: Bucket, dtype: DTypeLike, platforms: tuple[str, ...]) -> bytes:
+    """Returns the bucket's scoring function as a portable artefact: `jax.export.deserialize(...).call(params, batch)`.
+
+    It needs neither this package nor the model's code, and pins the program, not its speed: it is compiled where it is
+    loaded, by a jax release of about half a year before or after.
+    """
+    params = abstract_params(config.model, jnp.dtype(dtype))
+    exported = jax_export.export(make_score_fn(config, dtype=dtype), platforms=platforms)(
+        params, abstract_batch(bucket, config.model.width, dtype)
+    )
+    return bytes(exported.serialize())

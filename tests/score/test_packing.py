@@ -1,0 +1,142 @@
+"""Packing: every item once, nothing but buckets, and what goes in comes out."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxslm.config import Bucket, BucketConfig
+from jaxslm.errors import InputError
+from jaxslm.score.buckets import default_buckets, fit_buckets, make_bucket
+from jaxslm.score.packing import Forward, Packer, PackRequest, empty_forward
+
+SMALL = BucketConfig(
+    buckets=(
+        Bucket(tokens=24, rows=4, prefix_tokens=6, items_per_row=2, item_tokens=4),
+        Bucket(tokens=48, rows=4, prefix_tokens=6, items_per_row=3, item_tokens=8),
+        Bucket(tokens=16, rows=2, prefix_tokens=6, items_per_row=1, item_tokens=8),
+    ),
+    overhead_tokens=4,
+)
+token_ids = st.integers(0, 1000)
+requests_of_ids = st.lists(
+    st.tuples(
+        st.lists(token_ids, max_size=6),
+        st.lists(st.lists(token_ids, min_size=1, max_size=8), min_size=1, max_size=9),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def unpacked(forward: Forward) -> dict[int, list[int]]:
+    """Reads a pass back through its index arrays alone: item number -> prefix and item tokens."""
+    M, J = forward.bucket.tokens, forward.bucket.items_per_row
+    found = {}
+    for place, number in zip(forward.places, forward.indices, strict=True):
+        prefix, item = forward.prefix[place // J], forward.items[place // J, place % J]
+        found[int(number)] = forward.tokens[np.concatenate([prefix[prefix < M], item[item < M]])].tolist()
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(requests=requests_of_ids, replicas=st.integers(1, 3))
+def test_every_item_once_and_unpack_of_pack_is_the_identity(
+    requests: list[tuple[list[int], list[list[int]]]], replicas: int
+) -> None:
+    found: dict[int, list[int]] = {}
+    for group in Packer(SMALL).pack([PackRequest(*request) for request in requests], replicas):
+        assert 1 <= len(group) <= replicas
+        assert len({forward.bucket for forward in group}) == 1
+        for forward in group:
+            b = forward.bucket
+            assert b in SMALL.buckets
+            assert forward.tokens.shape == (b.tokens,)
+            assert forward.prefix.shape == (b.rows, b.prefix_tokens)
+            assert forward.items.shape == (b.rows, b.items_per_row, b.item_tokens)
+            assert {array.dtype for array in forward.batch.values()} == {np.dtype(np.int32)}
+            parts = unpacked(forward)
+            assert len(parts) == len(forward.indices) == len(set(forward.places.tolist())) > 0
+            assert not found.keys() & parts.keys()
+            found |= parts
+    rows = [[*prefix, *item] for prefix, items in requests for item in items]
+    assert [found[number] for number in range(len(rows))] == rows
+
+
+def test_a_prefix_stands_once_however_many_rows_its_items_take() -> None:
+    bucket = Bucket(tokens=64, rows=5, prefix_tokens=8, items_per_row=2, item_tokens=4)
+    request = PackRequest([7] * 8, [[1, 2]] * 9)
+    ((forward,),) = Packer(BucketConfig(buckets=(bucket,))).pack([request])
+    assert forward.real_tokens == 8 + 9 * 2
+    np.testing.assert_array_equal(forward.prefix, np.broadcast_to(np.arange(8), (5, 8)))
+
+
+def test_small_requests_share_a_pass_and_large_ones_are_split() -> None:
+    packer = Packer(default_buckets("cpu"))
+    small = [PackRequest([1] * 20, [[2] * 9] * 4) for _ in range(5)]
+    assert len(list(packer.pack(small))) <= 2
+    large = list(packer.pack([PackRequest([1] * 50, [[2] * 150] * 1000)]))
+    assert len(large) > 100
+    in_order = np.concatenate([forward.indices for group in large for forward in group])
+    np.testing.assert_array_equal(in_order, np.arange(1000))
+    assert packer.padding_fraction([PackRequest([1] * 50, [[2] * 150] * 1000)]) < 0.1
+
+
+def test_a_prefix_that_no_bucket_holds_joins_its_items() -> None:
+    request = PackRequest(list(range(7)), [[100], [101]])
+    found = {number: ids for (forward,) in Packer(SMALL).pack([request]) for number, ids in unpacked(forward).items()}
+    assert found == {0: [*range(7), 100], 1: [*range(7), 101]}
+
+
+def test_vectors_stand_at_their_items() -> None:
+    bucket = Bucket(tokens=64, rows=3, prefix_tokens=8, items_per_row=2, item_tokens=4, vectors_per_item=2)
+    vectors = np.arange(5 * 2 * 3, dtype=np.float32).reshape(5, 2, 3)
+    requests = [PackRequest([1], [[0, 0, 5]] * 3, vectors[:3]), PackRequest([2], [[0, 0, 6]] * 2, vectors[3:])]
+    ((forward,),) = Packer(BucketConfig(buckets=(bucket,))).pack(requests)
+    assert forward.vectors is not None
+    assert forward.batch["vectors"].shape == (3, 2, 2, 3)
+    np.testing.assert_array_equal(forward.vectors.reshape(6, 2, 3)[forward.places], vectors[forward.indices])
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (PackRequest([1], [[2], []]), "item 1: has no tokens"),
+        (PackRequest([1], [[2] * 9]), "item of 9 tokens after a prefix of 1: no bucket holds it"),
+    ],
+)
+def test_what_no_bucket_holds_is_refused(request_: PackRequest, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list(Packer(SMALL).pack([request_]))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_default_buckets_hold_any_item(platform: str) -> None:
+    packer = Packer(default_buckets(platform))
+    for prefix in (0, 1, 64, 65, 1024):
+        for item in (1, 16, 17, 150, 901, 8192):
+            assert list(packer.pack([PackRequest([1] * prefix, [[2] * item])]))
+
+
+def test_fitted_buckets_pad_less_than_default_ones() -> None:
+    generator = np.random.default_rng(0)
+    sample = [
+        PackRequest([1] * int(generator.integers(40, 60)), [[2] * int(n) for n in generator.integers(100, 200, 20)])
+        for _ in range(4)
+    ]
+    fitted = fit_buckets(sample, count=4, max_tokens=1024)
+    assert len(fitted.buckets) <= 4
+    assert max(bucket.tokens for bucket in fitted.buckets) <= 1024
+    costs = [
+        sum(packer.cost_tokens([one]) for one in sample) for packer in (Packer(fitted), Packer(default_buckets("cpu")))
+    ]
+    assert costs[0] < 0.97 * costs[1]
+
+
+def test_an_empty_pass_has_the_shape_of_its_bucket() -> None:
+    bucket = make_bucket(64, 8, 4, 2)
+    forward = empty_forward(bucket)
+    assert forward.batch["items"].shape == (bucket.rows, bucket.items_per_row, 4)
+    assert (forward.prefix == 64).all()
+    assert (forward.items == 64).all()
+    assert len(forward.indices) == 0

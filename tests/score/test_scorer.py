@@ -1,0 +1,84 @@
+"""The ranker, its warm-up and its portable artefacts."""
+
+import gc
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from jaxslm.config import Bucket, BucketConfig
+from jaxslm.score.compiled import make_score_fn
+from jaxslm.score.packing import Packer, PackRequest
+from jaxslm.score.scorer import Ranker, load
+from jaxslm.score.warmup import compilations, compile_ahead, export_score_fn, use_compilation_cache
+from tests.tiny import tiny_checkpoint, tiny_config, tiny_params, tiny_ranker_config
+
+BUCKETS = BucketConfig(
+    buckets=(
+        Bucket(tokens=512, rows=4, prefix_tokens=320, items_per_row=1, item_tokens=128),
+        Bucket(tokens=640, rows=8, prefix_tokens=320, items_per_row=1, item_tokens=256),
+    )
+)
+CONFIG = tiny_ranker_config(tiny_config())
+SMALL = Bucket(tokens=32, rows=2, prefix_tokens=8, items_per_row=2, item_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def ranker(tmp_path_factory: pytest.TempPathFactory) -> Ranker:
+    return load(tiny_checkpoint(tmp_path_factory.mktemp("scorer") / "ckpt", CONFIG.model), buckets=BUCKETS)
+
+
+def test_nothing_compiles_after_warm_up_and_the_garbage_collector_is_frozen(ranker: Ranker) -> None:
+    steps: list[tuple[int, int]] = []
+    frozen = gc.get_freeze_count()
+    assert ranker.warm_up(lambda done, total: steps.append((done, total))) > 0
+    assert steps == [(1, 2), (2, 2)]
+    assert gc.get_freeze_count() > frozen
+    gc.unfreeze()
+    before = compilations()
+    for texts in (["a job"], ["a job"] * 30, ["developer " * 10, "x"], ["nurse"] * 3):
+        ranker.score("python developer", texts)
+    ranker.label_logits([[1, 2, 3], [4] * 100])
+    assert compilations() == before
+
+
+def test_requests_scored_together_equal_those_scored_alone(ranker: Ranker) -> None:
+    encoded = [ranker.prompt.encode(query, ["a job", "another " * 5]) for query in ("python", "nurse in a ward", "x")]
+    together = ranker.score_many(encoded)
+    for request, scores in zip(encoded, together, strict=True):
+        np.testing.assert_allclose(scores.logits, ranker.score_encoded(request).logits, rtol=0, atol=1e-5)
+
+
+def small_batch() -> dict[str, np.ndarray]:
+    ((forward,),) = Packer(BucketConfig(buckets=(SMALL,))).pack([PackRequest([1, 2, 3], [[4, 5], [6], [7, 8, 9]])])
+    return forward.batch
+
+
+def test_exported_and_ahead_compiled_functions_give_the_same_logits() -> None:
+    params, batch = tiny_params(CONFIG.model), small_batch()
+    expected = np.asarray(make_score_fn(CONFIG, dtype=jnp.float32)(params, batch))
+    ahead = compile_ahead(CONFIG, SMALL, jnp.float32)
+    np.testing.assert_array_equal(ahead(params, batch), expected)
+    artefact = export_score_fn(CONFIG, SMALL, jnp.float32, ("cpu", "cuda", "tpu"))
+    loaded = export.deserialize(bytearray(artefact))
+    assert set(loaded.platforms) == {"cpu", "cuda", "tpu"}
+    np.testing.assert_allclose(loaded.call(params, batch), expected, rtol=0, atol=1e-6)
+
+
+def test_the_compilation_cache_keeps_programs(tmp_path: Path) -> None:
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    use_compilation_cache(tmp_path / "cache")
+    try:
+        jax.jit(lambda x: jnp.sin(x) * 3 + 1)(np.ones(7, np.float32)).block_until_ready()
+        assert list((tmp_path / "cache").iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

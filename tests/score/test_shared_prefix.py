@@ -1,0 +1,108 @@
+"""Scoring with a shared prefix equals scoring whole padded rows, whatever is packed together."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxslm.compress.splice import splice
+from jaxslm.config import Bucket, BucketConfig
+from jaxslm.score.compiled import CompiledScorer, make_score_fn
+from jaxslm.score.packing import PackRequest
+from jaxslm.score.warmup import compilations, warm_up
+from tests.tiny import TINY_CONFIGS, VOCAB_SIZE, tiny_params, tiny_ranker_config
+
+BUCKETS = BucketConfig(
+    buckets=(
+        Bucket(tokens=40, rows=4, prefix_tokens=8, items_per_row=2, item_tokens=6),
+        Bucket(tokens=72, rows=3, prefix_tokens=8, items_per_row=1, item_tokens=16),
+    ),
+    overhead_tokens=4,
+)
+NAMES = ("qwen3-one-kv-head", "llama-3-rope-scaling")
+TIGHT: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
+token_ids = st.integers(0, VOCAB_SIZE - 1)
+
+
+@cache
+def scorer(name: str) -> CompiledScorer:
+    config = TINY_CONFIGS[name]
+    one = CompiledScorer(
+        tiny_ranker_config(config), tiny_params(config), devices=jax.local_devices()[:1], buckets=BUCKETS
+    )
+    warm_up(one)
+    return one
+
+
+def padded_logits(name: str, rows: list[list[int]]) -> np.ndarray:
+    """The reference path: whole rows of a fixed shape, one after another."""
+    config = TINY_CONFIGS[name]
+    tokens, valid = np.zeros((64, 24), np.int32), np.zeros((64, 24), bool)
+    for slot, row in enumerate(rows):
+        tokens[slot, : len(row)], valid[slot, : len(row)] = row, True
+    score_fn = make_score_fn(tiny_ranker_config(config), dtype=jnp.float32)
+    return np.asarray(score_fn(tiny_params(config), {"tokens": tokens, "valid": valid}))[: len(rows)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.lists(token_ids, max_size=8),
+            st.lists(st.lists(token_ids, min_size=1, max_size=16), min_size=1, max_size=12),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_packed_requests_equal_separate_rows_and_nothing_compiles(
+    name: str, requests: list[tuple[list[int], list[list[int]]]]
+) -> None:
+    one = scorer(name)
+    padded_logits(name, [])
+    before = compilations()
+    found = one.logits([PackRequest(*request) for request in requests])
+    assert compilations() == before
+    expected = padded_logits(name, [[*prefix, *item] for prefix, items in requests for item in items])
+    np.testing.assert_allclose(found, expected, **TIGHT)
+
+
+def test_a_request_scores_the_same_alone_and_among_others() -> None:
+    one = scorer(NAMES[0])
+    requests = [PackRequest([number] * 5, [[number, 7 * number + 1, 3]] * 3) for number in range(1, 9)]
+    together = one.logits(requests)
+    alone = np.concatenate([one.logits([request]) for request in requests])
+    np.testing.assert_allclose(together, alone, **TIGHT)
+
+
+def test_vectors_that_are_token_embeddings_change_nothing() -> None:
+    name = NAMES[0]
+    config, params = TINY_CONFIGS[name], tiny_params(TINY_CONFIGS[name])
+    bucket = Bucket(tokens=64, rows=4, prefix_tokens=8, items_per_row=2, item_tokens=4, vectors_per_item=3)
+    with_vectors = CompiledScorer(
+        tiny_ranker_config(config),
+        params,
+        devices=jax.local_devices()[:1],
+        buckets=BucketConfig(buckets=(*BUCKETS.buckets, bucket)),
+    )
+    items = np.random.default_rng(0).integers(0, VOCAB_SIZE, (7, 4))
+    table = np.asarray(params["embedding"])
+    hidden_ids = [[0, 0, 0, int(item[3])] for item in items]
+    found = with_vectors.logits([PackRequest([1, 2, 3], hidden_ids, table[items[:, :3]])])
+    expected = with_vectors.logits([PackRequest([1, 2, 3], items.tolist())])
+    np.testing.assert_allclose(found, expected, **TIGHT)
+    assert np.abs(with_vectors.logits([PackRequest([1, 2, 3], hidden_ids)]) - expected).max() > 1e-4
+
+
+def test_splice_leaves_other_tokens_alone() -> None:
+    x_MD = jnp.arange(12.0).reshape(6, 2)
+    items_RJT = jnp.array([[[2, 3, 4], [6, 6, 6]]])
+    spliced = splice(x_MD, -jnp.ones((1, 2, 2, 2)), items_RJT)
+    np.testing.assert_array_equal(spliced[np.array([2, 3])], -np.ones((2, 2)))
+    np.testing.assert_array_equal(spliced[np.array([0, 1, 4, 5])], x_MD[np.array([0, 1, 4, 5])])
