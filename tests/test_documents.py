@@ -1,0 +1,73 @@
+"""Documents tell the truth: configs load, every command in a header, in the README and in --help is one, code runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from jaxslm import cli
+from jaxslm.config import Settings, load_toml
+from tests.tiny import tiny_checkpoint, tiny_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+def commands_in(text: str) -> list[str]:
+    """Indented lines and code spans that start with `jaxslm VERB`."""
+    lines = re.findall(r"^(?:# {4,}|    )(jaxslm [a-z].*)$", text, re.MULTILINE)
+    spans = re.findall(r"`(jaxslm [a-z][^`]*)`", text)
+    return [re.sub(r"\s+#.*", "", command) for command in lines + spans if "COMMAND" not in command]
+
+
+def check_command(command: str) -> None:
+    """Fails unless the verb exists and takes these arguments."""
+    _, verb, *arguments = shlex.split(command)
+    assert verb in COMMANDS, command
+    COMMANDS[verb].make_context(verb, arguments)
+
+
+@pytest.mark.parametrize("command", commands_in(README))
+def test_commands_of_the_readme(command: str) -> None:
+    check_command(command)
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_examples_of_help(verb: str) -> None:
+    [command] = re.findall(r"Example: (jaxslm .*)", COMMANDS[verb].help)
+    check_command(command)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_loads_and_its_header_commands_exist(path: Path) -> None:
+    from jaxslm.train.settings import EncoderTraining, RankerTraining
+
+    text = path.read_text(encoding="utf-8")
+    header = text[: re.search(r"^[^#]", text, re.MULTILINE).start()]  # type: ignore[union-attr]
+    commands = commands_in(header)
+    for command in commands:
+        check_command(command)
+    [own] = [command for command in commands if f"configs/{path.name}" in command]
+    kinds: dict[str, type[Settings]] = {"encoder": EncoderTraining, "ranker": RankerTraining}
+    load_toml(path, kinds[shlex.split(own)[2]])
+
+
+def test_there_are_at_most_eight_configs() -> None:
+    assert 0 < len(CONFIGS) <= 8
+
+
+def test_python_of_the_readme_runs(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "ckpt", tiny_config())
+    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(block.replace("quickstart/smollm2", str(checkpoint)), names)
+    assert len(names["scores"]) == 2  # type: ignore[arg-type]
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    for name in re.findall(r"(?:bash |`)((?:scripts|docs|tests|configs|jaxslm|constraints)/[\w./-]*)", README):
+        assert (ROOT / name).exists(), name
