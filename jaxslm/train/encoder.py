@@ -19,7 +19,6 @@ from jaxslm.config import RankerConfig
 from jaxslm.data_files import Item
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.layout import Rows
-from jaxslm.score.packing import pack_rows
 from jaxslm.train.data import pair_batches
 from jaxslm.train.heldout import HeldOut
 from jaxslm.train.hosts import join_hosts
@@ -30,6 +29,9 @@ from jaxslm.train.settings import EncoderTraining
 from jaxslm.train.speed import pair_work
 from jaxslm.train.start import load_start
 from jaxslm.train.step import DATA, Batch, LossFn, gather, make_mesh
+
+ROWS = 64
+"""Items that are encoded together for evaluation."""
 
 
 def mean_states(
@@ -85,7 +87,6 @@ class BiEncoder:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._tokenizer.encode_special_tokens = True
         self._max_query_tokens, self._max_item_tokens = max_query_tokens, max_item_tokens
-        self._width = config.model.width
         decoder = Decoder(config.model, dtype)
         self._pool = jax.jit(lambda params, tokens, valid: mean_states(decoder, params, tokens, valid))
         self._items: dict[str, np.ndarray] = {}
@@ -100,19 +101,25 @@ class BiEncoder:
         new = [item for item in items if item.id not in self._items]
         if new:
             texts = [f"{(item.title or '').strip()}\n{item.text.strip()}".strip() for item in new]
-            states = self._encode(texts, self._max_item_tokens)
+            states = np.concatenate(
+                [
+                    self._encode(texts[start : start + ROWS], ROWS, self._max_item_tokens)
+                    for start in range(0, len(texts), ROWS)
+                ]
+            )
             self._items |= {item.id: state for item, state in zip(new, states, strict=True)}
-        query_D = self._encode([query.strip()], self._max_query_tokens)[0]
+        query_D = self._encode([query.strip()], 1, self._max_query_tokens)[0]
         return np.stack([self._items[item.id] for item in items]) @ query_D
 
-    def _encode(self, texts: Sequence[str], max_tokens: int) -> np.ndarray:
-        """Returns unit vectors [len(texts), D]."""
+    def _encode(self, texts: Sequence[str], rows: int, max_tokens: int) -> np.ndarray:
+        """Returns unit vectors [len(texts), D], computed in the one shape [rows, max_tokens]."""
         encodings = self._tokenizer.encode_batch_fast([" " + text for text in texts], add_special_tokens=False)
-        states = np.zeros((len(texts), self._width), np.float32)
-        for batch in pack_rows([encoding.ids[:max_tokens] for encoding in encodings]):
-            rows = np.asarray(self._pool(self._params, batch.tokens, batch.valid))[: len(batch.rows)]
-            states[batch.rows] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        return states
+        tokens, valid = np.zeros((rows, max_tokens), np.int32), np.zeros((rows, max_tokens), bool)
+        for row, encoding in enumerate(encodings):
+            ids = encoding.ids[:max_tokens]
+            tokens[row, : len(ids)], valid[row, : len(ids)] = ids, True
+        states = np.asarray(self._pool(self._params, tokens, valid))[: len(texts)]
+        return states / np.linalg.norm(states, axis=1, keepdims=True)
 
 
 def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:

@@ -44,10 +44,16 @@ def ranker_loss(
 
     def loss_fn(trainable: Params, frozen: Frozen, batch: Batch) -> tuple[Array, dict[str, Array]]:
         params = join_params(trainable, frozen["tables"], config)
-        states = item_states(decoder, gather(params, decoder.dtype, mesh), batch, mesh)
-        odds_RJ = _log_odds(states, label_rows(params, config.label_token_ids))
+        states = item_states(decoder, gather(params, decoder.dtype, mesh), batch, mesh, mean=weights.mean_state > 0)
+        rows_2D = label_rows(params, config.label_token_ids)
         labels_RJ, valid_RJ = _lists(batch["labels"]), _lists(batch["valid"])
-        terms = {name: LABEL_LOSSES[name](odds_RJ, labels_RJ, valid_RJ) for name in weights.of_labels}
+        terms = {}
+        if weights.mean_state:
+            states, means = states[:, 0], states[:, 1]
+            mean_terms = _label_terms(_log_odds(means, rows_2D), labels_RJ, valid_RJ, weights)
+            terms["mean_state"] = _weighted_sum(mean_terms, weights)
+        odds_RJ = _log_odds(states, rows_2D)
+        terms |= _label_terms(odds_RJ, labels_RJ, valid_RJ, weights)
         if teacher is not None:
             taught_states, taught_rows = teacher.states(frozen["teacher"], batch)
             teacher_RJ = _log_odds(taught_states, taught_rows)
@@ -57,9 +63,17 @@ def ranker_loss(
             teacher_RJ = _lists(batch["teacher"])
         if weights.needs_teacher:
             terms |= _distillation(odds_RJ, teacher_RJ, valid_RJ, weights)
-        return sum((getattr(weights, name) * term for name, term in terms.items()), jnp.float32(0)), terms
+        return _weighted_sum(terms, weights), terms
 
     return loss_fn
+
+
+def _label_terms(odds_RJ: Array, labels_RJ: Array, valid_RJ: Array, weights: LossWeights) -> dict[str, Array]:
+    return {name: LABEL_LOSSES[name](odds_RJ, labels_RJ, valid_RJ) for name in weights.of_labels}
+
+
+def _weighted_sum(terms: dict[str, Array], weights: LossWeights) -> Array:
+    return sum((getattr(weights, name) * term for name, term in terms.items()), jnp.float32(0))
 
 
 def _distillation(odds_RJ: Array, teacher_RJ: Array, valid_RJ: Array, weights: LossWeights) -> dict[str, Array]:

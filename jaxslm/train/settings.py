@@ -99,6 +99,9 @@ class LossWeights(Settings):
     """Weights of the terms of a ranker's loss (`jaxslm.train.losses`); terms of weight 0 are not computed.
 
     Attributes:
+        mean_state: the sum of the label terms once more, with log-odds read from the mean of an item's states by the
+            same label rows. It brings the signal to every token while the last one knows nothing yet; scoring does not
+            change.
         distillation, list_distillation: label KL and list KL to the teacher. hidden: cosine of the last states.
         distillation_temperature: of both KLs.
     """
@@ -107,6 +110,7 @@ class LossWeights(Settings):
     list_softmax: Weight = 0.0
     pairwise_logistic: Weight = 0.0
     regression_compatible: Weight = 0.0
+    mean_state: Weight = 0.0
     distillation: Weight = 0.0
     list_distillation: Weight = 0.0
     hidden: Weight = 0.0

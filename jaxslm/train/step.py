@@ -162,14 +162,45 @@ def gather(params: Params, dtype: DTypeLike, mesh: Mesh) -> Params:
     )
 
 
-def item_states(decoder: Decoder, params: Params, batch: Batch, mesh: Mesh) -> Array:
-    """Returns the final state of each item's last token, [devices, R, J, D]; each device decodes its own part."""
+class _EveryToken(SharedPrefix):
+    """The same rows, with every token read: [M, ...] -> [M, ...]."""
+
+    def read_last(self, x: Array) -> Array:
+        """[M, ...] -> [R, J, ...]: the last token of each item."""
+        return super().read(x)
+
+    def read(self, x: Array) -> Array:
+        """Every token."""
+        return x
+
+    def attend_read(self, q: Array, k: Array, v: Array) -> Array:
+        """Every token sees what it sees in the other layers."""
+        return self.attend(q, k, v)
+
+
+def item_states(decoder: Decoder, params: Params, batch: Batch, mesh: Mesh, *, mean: bool = False) -> Array:
+    """Returns the final state of each item's last token, [devices, R, J, D]; each device decodes its own part.
+
+    With `mean`, [devices, 2, R, J, D]: also the mean over the item's tokens (suffix included), at the cost of a whole
+    last layer.
+    """
 
     def local(params: Params, tokens: Array, prefix: Array, items: Array) -> Array:
-        layout = SharedPrefix(prefix[0], items[0], tokens.shape[1])
-        return jnp.asarray(decoder.apply({"params": params}, tokens[0], layout))[None]
+        kind = _EveryToken if mean else SharedPrefix
+        layout = kind(prefix[0], items[0], tokens.shape[1])
+        states = jnp.asarray(decoder.apply({"params": params}, tokens[0], layout))
+        if isinstance(layout, _EveryToken):
+            states = jnp.stack([layout.read_last(states), _mean_of_items(states, items[0])])
+        return states[None]
 
     part = P(DATA)
     decode = jax.shard_map(local, mesh=mesh, in_specs=(P(), part, part, part), out_specs=part)
     states: Array = decode(params, batch["tokens"], batch["prefix"], batch["items"])
     return states
+
+
+def _mean_of_items(states_MD: Array, items_RJT: Array) -> Array:
+    valid_RJT = (items_RJT < states_MD.shape[0]).astype(states_MD.dtype)
+    states_RJTD = jnp.take(states_MD, items_RJT, axis=0, mode="clip")
+    total_RJD = jnp.einsum("RJTD,RJT->RJD", states_RJTD, valid_RJT, preferred_element_type=jnp.float32)
+    return (total_RJD / jnp.maximum(jnp.sum(valid_RJT, axis=2), 1)[..., None]).astype(states_MD.dtype)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.tiny import tiny_checkpoint, tiny_config
 
 from jaxslm.config import load_toml
 from jaxslm.train.settings import EncoderTraining, RankerTraining
+from tests.tiny import tiny_checkpoint, tiny_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.toml"
 COLOURS = ("red", "blue", "green", "amber", "black", "white")
