@@ -146,8 +146,11 @@ def _no_constant(name: str) -> None:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        raise InputError(f"{path}: reading Parquet needs pyarrow: pip install 'jaxslm[train]'") from None
 
     number = 0
     try:

@@ -1,6 +1,7 @@
 """Data files: every bad line is named by number and rule; Parquet equals JSON Lines."""
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -186,3 +187,11 @@ def test_bad_parquet(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"cut.parquet: ") as caught:
             read_items(tmp_path / "cut.parquet")
         assert "\n" not in str(caught.value)
+
+
+def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving does not install it."""
+    pq.write_table(pa.Table.from_pylist([{"id": "a", "text": "x"}]), tmp_path / "items.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"items.parquet: reading Parquet needs pyarrow: pip install"):
+        read_items(tmp_path / "items.parquet")

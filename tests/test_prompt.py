@@ -97,7 +97,7 @@ def test_qwen3_reranker_bytes() -> None:
 
 @pytest.mark.parametrize("token", SPECIALS + NOT_MARKED_SPECIAL)
 def test_control_tokens_in_text_stay_text(token: str) -> None:
-    control = Tokenizer.from_str(tiny_tokenizer_json()).token_to_id(token)
+    (control,) = plain_tokenizer(tiny_tokenizer_json()).encode(token).ids
     plain = prompt().encode("q", [Item(id="a", title="t", text="x")])
     built = prompt().encode(f"q {token}", [Item(id="a", title=f"t {token}", text=f"x {token} {token}y")])
     for found, expected in ((built.prefix_ids, plain.prefix_ids), (built.item_ids[0], plain.item_ids[0])):
@@ -136,7 +136,7 @@ def test_truncation_uses_all_the_room() -> None:
 
 
 def test_rows_do_not_depend_on_the_other_items() -> None:
-    items = ["We need a developer.", Item(id="b", title="Nurse", text="Care " * 900), "x"]
+    items: list[str | Item] = ["We need a developer.", Item(id="b", title="Nurse", text="Care " * 900), "x"]
     together = prompt().encode("python", items)
     for number, item in enumerate(items):
         alone = prompt().encode("python", [item])

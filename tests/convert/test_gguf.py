@@ -102,7 +102,12 @@ def write_gguf(
         if edit:
             edit(tree)
     for name, value in settings.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add: dict[type, Callable[..., None]] = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
         add[type(value)](f"{architecture}.{name}", value)
     if tokenizer:
         add_tokenizer(writer)

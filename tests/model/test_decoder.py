@@ -17,7 +17,6 @@ from jaxslm.model.layers import rope_frequencies, rotate
 from jaxslm.model.layout import Rows
 from tests.tiny import LLAMA3_SCALING, TINY_CONFIGS, VOCAB_SIZE, tiny_config, tiny_params
 
-TIGHT = {"rtol": 0, "atol": 1e-5}
 TOKENS = np.array([[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]], np.int32)
 VALID = np.array([[True] * 6, [True] * 3 + [False] * 3])
 
@@ -77,7 +76,7 @@ def test_masked_neurons_equal_a_narrower_model() -> None:
             "down": mlp["down"][index],
         }
     narrow = tiny_config(mlp_width=tuple(len(neurons) for neurons in kept))
-    np.testing.assert_allclose(hidden(config, params, masks), hidden(narrow, smaller), **TIGHT)
+    np.testing.assert_allclose(hidden(config, params, masks), hidden(narrow, smaller), rtol=0, atol=1e-5)
 
 
 def test_masked_kv_groups_equal_a_model_without_them() -> None:
@@ -97,7 +96,7 @@ def test_masked_kv_groups_equal_a_model_without_them() -> None:
             "o": attention["o"][queries],
         }
     fewer = tiny_config(num_kv_heads=tuple(len(groups) for groups in kept))
-    np.testing.assert_allclose(hidden(config, params, masks), hidden(fewer, smaller), **TIGHT)
+    np.testing.assert_allclose(hidden(config, params, masks), hidden(fewer, smaller), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropped", [0, 1, 2])
@@ -109,7 +108,7 @@ def test_a_masked_layer_equals_a_model_without_it(dropped: int) -> None:
     left = [params[f"layers_{layer}"] for layer in range(3) if layer != dropped]
     rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
     smaller = rest | {f"layers_{layer}": tree for layer, tree in enumerate(left)}
-    np.testing.assert_allclose(hidden(config, params, masks), hidden(tiny_config(), smaller), **TIGHT)
+    np.testing.assert_allclose(hidden(config, params, masks), hidden(tiny_config(), smaller), rtol=0, atol=1e-5)
 
 
 def test_masks_that_keep_everything_change_nothing() -> None:
@@ -136,8 +135,8 @@ def test_heads_agree(name: str) -> None:
     everything = vocab_logits(states, params)
     assert everything.shape == (2, VOCAB_SIZE)
     both = label_logits(states, rows)
-    np.testing.assert_allclose(both, everything[:, np.array([17, 4])], **TIGHT)
-    np.testing.assert_allclose(log_odds(states, rows), both[:, 1] - both[:, 0], **TIGHT)
+    np.testing.assert_allclose(both, everything[:, np.array([17, 4])], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(log_odds(states, rows), both[:, 1] - both[:, 0], rtol=0, atol=1e-5)
 
 
 def test_numbers_of_bfloat16_compute() -> None:
@@ -146,9 +145,10 @@ def test_numbers_of_bfloat16_compute() -> None:
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params(config))
 
     def shapes(params: Params) -> Any:
-        states = Decoder(config, jnp.dtype(jnp.bfloat16)).apply({"params": params}, TOKENS, Rows(jnp.asarray(VALID)))
-        rows = label_rows(params, (1, 2))
-        return states, vocab_logits(states, params), label_logits(states, rows), log_odds(states, rows)
+        decoder, rows = Decoder(config, jnp.dtype(jnp.bfloat16)), Rows(jnp.asarray(VALID))
+        states: Any = decoder.apply({"params": params}, jnp.asarray(TOKENS), rows)
+        labels = label_rows(params, (1, 2))
+        return states, vocab_logits(states, params), label_logits(states, labels), log_odds(states, labels)
 
     dtypes = [leaf.dtype.name for leaf in jax.eval_shape(shapes, params)]
     assert dtypes == ["bfloat16", "float32", "float32", "float32"]

@@ -15,7 +15,6 @@ from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.layout import Rows, SharedPrefix
 from tests.tiny import TINY_CONFIGS, VOCAB_SIZE, tiny_params
 
-TIGHT = {"rtol": 0, "atol": 1e-5}
 NAMES = ("qwen3-one-kv-head", "llama-3-rope-scaling", "qwen3-non-uniform")
 SHAPE = (6, 16)
 """One shape of padded rows for all tests here, so that each model compiles once."""
@@ -80,7 +79,7 @@ def test_padding_anywhere_changes_nothing(name: str) -> None:
     together = hidden(params, tokens, valid)
     assert np.isfinite(together).all()
     for slot in range(len(places)):
-        np.testing.assert_allclose(together[slot], alone, **TIGHT)
+        np.testing.assert_allclose(together[slot], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,7 +87,7 @@ def test_reading_the_last_token_equals_picking_it_from_all(name: str) -> None:
     rows = [[1, 2, 3, 4, 5], [9], [7, 8, 7]]
     everything = compiled_all_tokens(name)(params_of(name), *padded(rows))
     picked = [everything[slot, len(row) - 1] for slot, row in enumerate(rows)]
-    np.testing.assert_allclose(compiled(name)(params_of(name), *padded(rows))[:3], np.stack(picked), **TIGHT)
+    np.testing.assert_allclose(compiled(name)(params_of(name), *padded(rows))[:3], np.stack(picked), rtol=0, atol=1e-5)
 
 
 def test_later_tokens_are_not_seen() -> None:
@@ -140,7 +139,7 @@ def test_a_shared_prefix_equals_separate_rows(
     assert np.isfinite(found).all()
     expected = compiled(name)(params_of(name), *padded(rows))
     for number, slot in enumerate(slots):
-        np.testing.assert_allclose(found[slot], expected[number], **TIGHT)
+        np.testing.assert_allclose(found[slot], expected[number], rtol=0, atol=1e-5)
 
 
 def test_items_do_not_see_one_another() -> None:
