@@ -1,8 +1,5 @@
 """GGUF files of the llama and qwen3 architectures, dequantised to float32 by the `gguf` package."""
 
-import contextlib
-import io
-import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxslm.config import ModelConfig, RopeScaling, validate
-from jaxslm.convert.hf import read_tokenizer_files
+from jaxslm.convert.gguf_tokenizer import build_tokenizer_files
 from jaxslm.convert.tensors import Names, assemble
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
@@ -108,16 +105,10 @@ class GGUF:
 
     def read_tokenizer_files(self) -> dict[str, bytes]:
         """Returns the tokenizer that the metadata describes, as files of a Hugging Face folder."""
-        from transformers import AutoTokenizer
-
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar over the vocabulary
-                tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        except Exception as error:  # what `tokenizers` raises has no class of its own
-            raise InputError(f"{self.path}: no readable tokenizer ({' '.join(str(error).split())[:200]})") from error
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            return read_tokenizer_files(Path(folder))
+            return build_tokenizer_files(self._field)
+        except InputError as error:
+            raise InputError(f"{self.path}: {str(error).removeprefix(f'{self.path}: ')}") from None
 
     def _read(self, name: str, config: ModelConfig) -> np.ndarray:
         from gguf.quants import dequantize

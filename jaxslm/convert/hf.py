@@ -1,6 +1,7 @@
 """Hugging Face folders (config.json, safetensors, tokenizer) of the Qwen3 and Llama families."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ _UNSUPPORTED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantizatio
 def read_config(folder: Path) -> ModelConfig:
     """Returns the shape of a folder's model; raises InputError on another family or an unsupported option."""
     from huggingface_hub.errors import StrictDataclassError
+
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it says at import that there is no torch
     from transformers import AutoConfig
 
     file = folder / "config.json"

@@ -252,7 +252,9 @@ def test_wrong_tensors_are_named(tmp_path: Path, family: str, edit: Edit, messag
 def test_other_files(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "gemma.gguf", tiny_config(), architecture="gemma")
     assert_refused(file, r"architecture 'gemma' is not supported .llama and qwen3 are.")
-    assert_refused(write_gguf(tmp_path / "mute.gguf", tiny_config(), tokenizer=False), "no readable tokenizer")
+    assert_refused(
+        write_gguf(tmp_path / "mute.gguf", tiny_config(), tokenizer=False), "metadata tokenizer.ggml.model is missing"
+    )
     assert_refused(tmp_path / "absent.gguf", "No such file")
     (tmp_path / "folder.gguf").mkdir()
     assert_refused(tmp_path / "folder.gguf", "folder.gguf: ")
