@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from rich.progress import Progress, TaskID
 
+from jaxslm.errors import InputError
 from jaxslm.progress import progress
 from jaxslm.train.event_file import EventFile
 
@@ -30,9 +31,15 @@ class RunLog:
         self._events = EventFile(folder / "tensorboard") if tensorboard else None
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Adds one line."""
+        """Adds one line. Raises InputError when the disk takes no more."""
         if not self._writes:
             return
+        try:
+            self._append(step, numbers)
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot write, earlier saves are intact ({error.strerror})") from error
+
+    def _append(self, step: int, numbers: Mapping[str, float]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
         if self._events is not None:

@@ -124,8 +124,8 @@ class Snapshots:
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
-    # Its warnings name steps and threads of a library that the user does not know; errors are raised.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # What it logs, tracebacks of its threads included, is raised as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True, **options)
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
