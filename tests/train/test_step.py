@@ -21,6 +21,7 @@ from jaxslm.train.settings import LossWeights, OptimiserSettings
 from jaxslm.train.step import (
     LossFn,
     init_state,
+    item_states,
     learning_rates,
     make_mesh,
     make_optimiser,
@@ -132,6 +133,28 @@ def test_loss_is_that_of_whole_rows() -> None:
     expected = losses.binary_cross_entropy(odds, labels, valid) + losses.list_softmax(odds, labels, valid)
     expected += 0.5 * losses.pairwise_logistic(odds, labels, valid)
     np.testing.assert_allclose(loss, float(expected), rtol=1e-5)
+
+
+def test_mean_states_are_those_of_whole_rows() -> None:
+    batch = list_batch(np.random.default_rng(1))
+    params, mesh = tiny_params(CONFIG.model), make_mesh(jax.devices()[:1])
+    both = item_states(
+        Decoder(CONFIG.model),
+        params,
+        {name: array[0] for name, array in put_batch([batch], 1, mesh).items()},
+        mesh,
+        mean=True,
+    )
+    index = np.concatenate([np.repeat(batch["prefix"], J, axis=0), batch["items"].reshape(-1, ITEM)], axis=1)
+    valid = index < len(batch["tokens"])
+    tokens = jnp.asarray(np.append(batch["tokens"], 0)[index])
+    states = Decoder(CONFIG.model).apply({"params": params}, tokens, Rows(jnp.asarray(valid), last_only=False))
+    assert isinstance(states, Array)
+    of_items = np.asarray(states)[:, PREFIX:]
+    lengths = valid[:, PREFIX:].sum(axis=1)
+    means = (of_items * valid[:, PREFIX:, None]).sum(axis=1) / lengths[:, None]
+    np.testing.assert_allclose(both[0, 1].reshape(R * J, -1), means, atol=1e-5)
+    np.testing.assert_allclose(both[0, 0].reshape(R * J, -1), of_items[np.arange(R * J), lengths - 1], atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_state_alone() -> None:
