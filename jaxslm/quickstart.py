@@ -12,7 +12,7 @@ from jaxslm.errors import InputError
 from jaxslm.progress import console
 
 INSTRUCTION = "Judge whether the job posting is what the searcher is looking for."
-CANDIDATES, QUERIES = 10, 24
+CANDIDATES, QUERIES = 50, 12
 MODEL_NAME = "SmolLM2-135M, untrained for ranking"
 
 
