@@ -56,18 +56,19 @@ def default_buckets(platform: str) -> BucketConfig:
 
 
 def fit_buckets(
-    requests: Sequence[PackRequest], count: int, max_tokens: int, overhead_tokens: int = 32
+    traffic: Sequence[Sequence[PackRequest]], count: int, max_tokens: int, overhead_tokens: int = 32
 ) -> BucketConfig:
-    """Returns `count` or fewer buckets that make this traffic cheap, each request scored by itself.
+    """Returns `count` or fewer buckets that make this traffic cheap.
 
     Greedy: starts with one bucket that holds the longest prefix and item, then adds the candidate that lowers the cost
     of the sample most, until none lowers it by half a percent. Candidates have item lengths at the sample's quantiles
     and sizes that whole items fill.
 
     Args:
-        requests: a sample of the traffic; a few dozen requests are enough.
+        traffic: a sample, a few dozen requests; each inner sequence is scored together.
         max_tokens: size of the largest forward pass, unless one item needs more.
     """
+    requests = [request for together in traffic for request in together]
     lengths = np.sort([len(item) for request in requests for item in request.item_ids])
     prefix = _rounded(max(len(request.prefix_ids) for request in requests))
     vectors = 0 if requests[0].vectors is None else requests[0].vectors.shape[1]
@@ -80,22 +81,30 @@ def fit_buckets(
             for tokens in _sizes(requests, item, max_tokens)
         )
     )
-    cover = max(remaining, key=lambda bucket: (bucket.item_tokens, bucket.tokens))
-    chosen = [cover]
-    best = _separate_cost(requests, chosen, overhead_tokens)
+    chosen = [max(remaining, key=lambda bucket: (bucket.item_tokens, bucket.tokens))]
+    best = _cost(traffic, chosen, overhead_tokens)
     while len(chosen) < count and remaining:
-        costs = [_separate_cost(requests, [*chosen, candidate], overhead_tokens) for candidate in remaining]
+        costs = [_cost(traffic, [*chosen, candidate], overhead_tokens) for candidate in remaining]
         lowest = int(np.argmin(costs))
         if costs[lowest] > best * 0.995:
             break
         best = costs[lowest]
         chosen.append(remaining.pop(lowest))
-    return BucketConfig(buckets=tuple(chosen), overhead_tokens=overhead_tokens)
+    return BucketConfig(buckets=_used(traffic, chosen, overhead_tokens), overhead_tokens=overhead_tokens)
 
 
-def _separate_cost(requests: Sequence[PackRequest], buckets: Sequence[Bucket], overhead_tokens: int) -> float:
+def _cost(traffic: Sequence[Sequence[PackRequest]], buckets: Sequence[Bucket], overhead_tokens: int) -> float:
     packer = Packer(BucketConfig(buckets=tuple(buckets), overhead_tokens=overhead_tokens))
-    return sum(packer.cost_tokens([request]) for request in requests)
+    return sum(packer.cost_tokens(together) for together in traffic)
+
+
+def _used(
+    traffic: Sequence[Sequence[PackRequest]], buckets: Sequence[Bucket], overhead_tokens: int
+) -> tuple[Bucket, ...]:
+    """The first bucket, which holds everything, and those others that the sample makes use of."""
+    packer = Packer(BucketConfig(buckets=tuple(buckets), overhead_tokens=overhead_tokens))
+    used = {forward.bucket for together in traffic for group in packer.pack(together) for forward in group}
+    return tuple(bucket for number, bucket in enumerate(buckets) if number == 0 or bucket in used)
 
 
 def _sizes(requests: Sequence[PackRequest], item: int, max_tokens: int) -> set[int]:

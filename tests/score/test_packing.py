@@ -124,7 +124,7 @@ def test_fitted_buckets_pad_less_than_default_ones() -> None:
         PackRequest([1] * int(generator.integers(40, 60)), [[2] * int(n) for n in generator.integers(100, 200, 20)])
         for _ in range(4)
     ]
-    fitted = fit_buckets(sample, count=4, max_tokens=1024)
+    fitted = fit_buckets([[one] for one in sample], count=4, max_tokens=1024)
     assert len(fitted.buckets) <= 4
     assert max(bucket.tokens for bucket in fitted.buckets) <= 1024
     costs = [

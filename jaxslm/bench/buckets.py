@@ -1,0 +1,71 @@
+"""`jaxslm bench fit-buckets`: shapes that a sample of traffic fills well."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxslm.atomic import new_file, refuse_existing
+from jaxslm.checkpoint import load_checkpoint
+from jaxslm.config import BucketConfig
+from jaxslm.data_files import Request, read_records
+from jaxslm.errors import InputError
+from jaxslm.score.buckets import default_buckets, fit_buckets
+from jaxslm.score.packing import Packer, PackRequest
+
+
+def fit_buckets_to_file(
+    model: Path, traffic: Path, out: Path, *, count: int = 8, max_tokens: int = 1024, limit: int = 50
+) -> dict[str, Any]:
+    """Writes buckets fitted to the requests of a file as TOML; returns their padding beside that of the defaults.
+
+    Args:
+        model: the checkpoint whose tokenizer and prompt make the token lengths. traffic: as `jaxslm score --input`.
+        count: most buckets. max_tokens: largest forward pass. limit: how many requests of the file are used.
+
+    Raises:
+        InputError: `out` exists, or the checkpoint or the traffic breaks a rule.
+    """
+    refuse_existing(out)
+    prompt = load_checkpoint(model).prompt()
+    requests = []
+    for request in read_records(traffic, Request):
+        encoded = prompt.encode(request.query, [item.text or "" for item in request.items])
+        requests.append(PackRequest(encoded.prefix_ids, encoded.item_ids))
+        if len(requests) == limit:
+            break
+    if not requests:
+        raise InputError(f"{traffic}: no requests")
+    fitted = fit_buckets([[request] for request in requests], count, max_tokens)
+    with new_file(out) as staging:
+        staging.write_text(_toml(fitted, traffic), encoding="utf-8")
+    default = default_buckets(jax.default_backend())
+    return {
+        "out": str(out),
+        "buckets": len(fitted.buckets),
+        "requests": len(requests),
+        "padding_fraction": _padding(requests, fitted),
+        "padding_fraction_of_defaults": _padding(requests, default),
+        "cost_against_defaults": _cost(requests, fitted) / _cost(requests, default),
+    }
+
+
+def _padding(requests: list[PackRequest], config: BucketConfig) -> float:
+    packer = Packer(config)
+    forwards = [forward for request in requests for group in packer.pack([request]) for forward in group]
+    return 1 - sum(one.real_tokens for one in forwards) / sum(one.bucket.tokens for one in forwards)
+
+
+def _cost(requests: list[PackRequest], config: BucketConfig) -> float:
+    packer = Packer(config)
+    return sum(packer.cost_tokens([request]) for request in requests)
+
+
+def _toml(config: BucketConfig, traffic: Path) -> str:
+    lines = [
+        f"# Fitted to {traffic.name} by `jaxslm bench fit-buckets`.",
+        f"overhead_tokens = {config.overhead_tokens}",
+    ]
+    for bucket in config.buckets:
+        lines += ["", "[[buckets]]", *(f"{name} = {value}" for name, value in bucket.model_dump().items())]
+    return "\n".join(lines) + "\n"

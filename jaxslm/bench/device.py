@@ -1,0 +1,84 @@
+"""What this device can do at best, measured: the ceilings that every result is a share of."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxslm.bench.workloads import Workload
+from jaxslm.config import ModelConfig
+from jaxslm.model.cost import scoring_bytes, scoring_flops
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured speed of a large matrix product and of a copy (bytes read plus bytes written)."""
+
+    device: str
+    dtype: str
+    flops_per_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time in which a request can be scored, by arithmetic and by traffic, at the measured ceilings."""
+
+    flops: int
+    bytes: int
+    compute_s: float
+    traffic_s: float
+
+
+def device_name() -> str:
+    """Returns the name of the accelerator, or the processor's with its number of cores."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def best_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Returns the shortest of `repeats` timings after one call that is not counted."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def measure_ceilings(dtype: DTypeLike, repeats: int = 5) -> Ceilings:
+    """Returns the ceilings of the first local device: of a square product and of a long copy."""
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+    n = 2048 if on_cpu else 8192
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (n, n), jnp.float32).astype(dtype) for key in keys)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(dtype))
+    numbers = jnp.ones((256 if on_cpu else 2048) * 2**18, jnp.float32)
+    add = jax.jit(lambda x: x + 1)
+    return Ceilings(
+        device=device_name(),
+        dtype=jnp.dtype(dtype).name,
+        flops_per_s=2 * n**3 / best_seconds(lambda: product(a, b), repeats),
+        bytes_per_s=2 * numbers.nbytes / best_seconds(lambda: add(numbers), repeats),
+    )
+
+
+def floor(workload: Workload, config: ModelConfig, ceilings: Ceilings, *, shared: bool = True) -> Floor:
+    """Returns the floor of one request scored in one forward pass."""
+    flops = scoring_flops(config, workload.prefix_tokens, workload.item_tokens, workload.items, shared=shared)
+    moved = scoring_bytes(config, workload.tokens, np.dtype(jnp.dtype(ceilings.dtype)).itemsize)
+    return Floor(flops, moved, flops / ceilings.flops_per_s, moved / ceilings.bytes_per_s)

@@ -1,0 +1,276 @@
+"""`jaxslm bench peers`: the same rows, weights and machine through transformers and torch, turn by turn with ours."""
+
+import json
+import os
+import subprocess
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxslm.bench.device import device_name
+from jaxslm.bench.score import Options, Runner, timed
+from jaxslm.bench.workloads import model_named, random_requests, workload_named
+from jaxslm.config import ModelConfig
+from jaxslm.convert.hf import NAMES
+from jaxslm.convert.tensors import is_matrix
+from jaxslm.errors import InputError
+from jaxslm.model.decoder import Params
+from jaxslm.progress import console
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to call transformers: see `peer_worker`."""
+
+    attention: str
+    keep: int
+    batch: int
+    compile: bool = False
+
+    def __str__(self) -> str:
+        call = "logits_to_keep=1" if self.keep else "default call (all logits)"
+        return f"transformers {self.attention}{', torch.compile' if self.compile else ''}, {call}, batch {self.batch}"
+
+
+class Peer:
+    """A worker process in another interpreter."""
+
+    def __init__(self, python: str, setup: dict[str, Any]) -> None:
+        script = Path(__file__).with_name("peer_worker.py")
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [python, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("the process was started without pipes")
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        try:
+            self.about = self._ask(setup)
+        except InputError:
+            self.close()
+            raise
+
+    def run(self, setting: Setting, save: Path | None = None) -> float | str:
+        """Returns the seconds that the setting takes for all rows, or why it does not run."""
+        answer = self._ask(asdict(setting) | {"save": None if save is None else str(save)})
+        return float(answer["seconds"]) if "seconds" in answer else str(answer["error"])
+
+    def close(self) -> None:
+        """Ends the process."""
+        with suppress(BrokenPipeError):
+            self._requests.close()
+        self._answers.close()
+        self._process.wait()
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        with suppress(BrokenPipeError):
+            self._requests.write(json.dumps(message) + "\n")
+            self._requests.flush()
+        line = self._answers.readline()
+        if not line:
+            raise InputError(
+                "--peer-python: that interpreter cannot import torch and transformers, or it ran out of memory"
+            )
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
+def bench_peers(
+    workload: str,
+    model: str,
+    peer_python: str,
+    *,
+    dtype: str = "float32",
+    repeats: int = 5,
+    items: int | None = None,
+    batches: tuple[int, ...] = (1, 5, 10, 25, 50),
+    threads: int | None = None,
+    torch_compile: bool = True,
+) -> dict[str, Any]:
+    """Measures ours and transformers in turns; returns the JSON object of the command line.
+
+    First every way of calling transformers runs once at each batch size, which warms it up and picks its best batch.
+    Then ours and each way at its best batch run in turns, `repeats` times, so that a busy machine is busy for all.
+
+    Args:
+        workload, model: as `bench_score`; a workload without vectors. peer_python: an interpreter with torch.
+        threads: torch's threads; its own default if None.
+
+    Raises:
+        InputError: an unknown name, a workload with vectors, or an interpreter without torch and transformers.
+    """
+    shape = workload_named(workload)
+    shape = replace(shape, items=items or shape.items)
+    if shape.vectors_per_item:
+        raise InputError(f"--workload {workload}: peers read text; choose one without vectors")
+    used = jnp.dtype(dtype)
+    config, params = model_named(model, used)
+    (request,) = random_requests(shape, config.model, 1)
+    rows = np.array([[*request.prefix_ids, *item] for item in request.item_ids], np.int64)
+    ours = Runner(config, params, [request], Options(max_tokens=1024 if jax.default_backend() == "cpu" else 16384))
+    logits = ours()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_hf_folder(folder / "model", config.model, params)
+        np.save(folder / "rows.npy", rows)
+        setup = {
+            "rows": str(folder / "rows.npy"),
+            "labels": list(config.label_token_ids),
+            "folder": str(folder / "model"),
+            "threads": threads,
+            "dtype": dtype,
+        }
+        peer = Peer(peer_python, setup)
+        try:
+            best, failed = _best_batches(peer, shape.items, batches, torch_compile=torch_compile)
+            seconds = _in_turns(ours, peer, best, repeats)
+            agreement = _agreement(peer, best, folder, logits)
+        finally:
+            peer.close()
+    return _result(workload, model, dtype, shape.items, seconds, agreement, failed, peer.about)
+
+
+def _best_batches(
+    peer: Peer, items: int, batches: tuple[int, ...], *, torch_compile: bool
+) -> tuple[list[Setting], dict[str, str]]:
+    """Returns each way of calling at its fastest batch size, and what did not run, with the reason."""
+    sizes = sorted({min(batch, items) for batch in batches})
+    ways = [("sdpa", 1, False), ("eager", 1, False), ("sdpa", 0, False), ("eager", 0, False)]
+    if torch_compile:
+        ways.append(("sdpa", 1, True))
+    best, failed = [], {}
+    for attention, keep, compiled in ways:
+        found: list[tuple[float, Setting]] = []
+        for batch in sizes if not compiled else sizes[-1:]:
+            setting = Setting(attention, keep, batch, compiled)
+            first = peer.run(setting)
+            if isinstance(first, str):
+                failed[str(setting)] = first
+                continue
+            second = peer.run(setting)
+            found.append((min(first, second) if not isinstance(second, str) else first, setting))
+            console().print(f"{items / found[-1][0]:8.2f} items/s  {setting}", soft_wrap=True)
+        if found:
+            best.append(min(found, key=lambda pair: pair[0])[1])
+    return best, failed
+
+
+def _in_turns(ours: Runner, peer: Peer, settings: list[Setting], repeats: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in ("jaxslm", *map(str, settings))}
+    for _ in range(repeats):
+        seconds["jaxslm"].append(timed(ours))
+        for setting in settings:
+            took = peer.run(setting)
+            if not isinstance(took, str):
+                seconds[str(setting)].append(took)
+    return seconds
+
+
+def _agreement(peer: Peer, settings: list[Setting], folder: Path, logits: np.ndarray) -> dict[str, float]:
+    """Returns the largest difference between our logits of (no, yes) and each setting's."""
+    found = {}
+    for number, setting in enumerate(settings):
+        file = folder / f"{number}.npy"
+        if not isinstance(peer.run(setting, save=file), str):
+            found[str(setting)] = float(np.abs(np.load(file) - logits).max())
+    return found
+
+
+def _result(
+    workload: str,
+    model: str,
+    dtype: str,
+    items: int,
+    seconds: dict[str, list[float]],
+    agreement: dict[str, float],
+    failed: dict[str, str],
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    ours = float(np.median(seconds["jaxslm"]))
+    rows = []
+    for name, taken in seconds.items():
+        rates = items / np.array(taken)
+        # Turn by turn: each of our timings against the peer's in the same round.
+        ratios = np.array(taken) / np.array(seconds["jaxslm"][: len(taken)])
+        rows.append(
+            {
+                "name": name,
+                "items_per_s": float(np.median(rates)),
+                "items_per_s_p5": float(np.quantile(rates, 0.05)),
+                "items_per_s_p95": float(np.quantile(rates, 0.95)),
+                "ours_is_faster_by": float(np.median(ratios)),
+                "max_abs_diff": agreement.get(name, 0.0),
+            }
+        )
+        console().print(
+            f"{rows[-1]['items_per_s']:8.2f} items/s, ours is {rows[-1]['ours_is_faster_by']:.2f} times that,"
+            f" logits differ by {rows[-1]['max_abs_diff']:.1e}: {name}",
+            soft_wrap=True,
+        )
+    return {
+        "workload": workload,
+        "model": model,
+        "dtype": dtype,
+        "device": device_name(),
+        "items_per_s": items / ours,
+        "rows": rows,
+        "not_measured": failed,
+        "versions": about["versions"] | {"jax": jax.__version__},
+        "peer_device": about["device"],
+    }
+
+
+def write_hf_folder(folder: Path, config: ModelConfig, params: Params) -> None:
+    """Writes config.json and model.safetensors of a model of uniform widths, as transformers reads them.
+
+    Raises:
+        InputError: widths differ between layers, which no Hugging Face config can say.
+    """
+    kv_heads, mlp_widths = set(config.kv_heads_by_layer), set(config.mlp_width_by_layer)
+    if len(kv_heads) != 1 or len(mlp_widths) != 1:
+        raise InputError("peers: widths differ between layers, which transformers cannot load")
+    K = kv_heads.pop()
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if scaling := config.rope_scaling:
+        rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor}
+        rope |= {"high_freq_factor": scaling.high_freq_factor}
+        rope |= {"original_max_position_embeddings": scaling.original_max_positions}
+    foreign = {
+        "architectures": ["Qwen3ForCausalLM" if config.family == "qwen3" else "LlamaForCausalLM"],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": mlp_widths.pop(),
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": K * config.queries_per_kv,
+        "num_key_value_heads": K,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(foreign), encoding="utf-8")
+    tensors = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = tuple(key.key for key in keys)
+        array = np.asarray(leaf)
+        tensors[NAMES.of(path)] = np.ascontiguousarray(array.T if is_matrix(path) else array)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
