@@ -127,7 +127,7 @@ class Bucket(Settings):
 
 
 class BucketConfig(Settings):
-    """The shapes that scoring compiles: no other ever reaches a device. `jaxslm bench fit-buckets` fits them to traffic.
+    """The shapes that scoring compiles: no other reaches a device. `jaxslm bench fit-buckets` fits them to traffic.
 
     Attributes:
         buckets: in any order.

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -150,7 +149,7 @@ class SharedPrefix:
         return jnp.moveaxis(out[:, :, :, 0], 1, 2)
 
     def _prefixes(self, x: Array) -> Array:
-        """[M, K, ...] -> [R, K, P, ...]; heads in front of tokens make every product of attention a plain batched one."""
+        """[M, K, ...] -> [R, K, P, ...]; heads before tokens make every product of attention a plain batched one."""
         return jnp.moveaxis(jnp.take(x, self._prefix_RP, axis=0, mode="clip"), 2, 1)
 
     def _items(self, x: Array) -> Array:
@@ -178,7 +177,7 @@ def _products(a: Array, b: Array, *, contract_b: int) -> Array:
 def causal_attention(
     q_RKTGH: Float[Array, "R K T G H"], k_RKTH: Float[Array, "R K T H"], v_RKTH: Float[Array, "R K T H"]
 ) -> Float[Array, "R K T G H"]:
-    """Softmax(q k / sqrt(H)) v over the keys up to each query. Cost: half of 4 N H T FLOP per query, and a block more."""
+    """Softmax(q k / sqrt(H)) v over the keys up to each query. Cost: half of 4 N H T FLOP per query, plus a block."""
     R, K, _, G, H = q_RKTGH.shape
     q_RKTGH = q_RKTGH * H**-0.5
     outputs = []
@@ -208,7 +207,7 @@ def prefix_item_attention(
     half of S is skipped, block by block.
 
     Args:
-        last_RJ: if given, the queries (T = 1) see their item's keys 0..last; otherwise S = T and token t sees keys 0..t.
+        last_RJ: if given, the queries (T = 1) see their item's keys 0..last; else S = T and token t sees keys 0..t.
     """
     R, K, J, T, G, H = q_RKJTGH.shape
     P = k_RKPH.shape[2]
