@@ -19,6 +19,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train, prune, compress and serve small language models as relevance rankers.",
 )
+bench = typer.Typer(help="Measure scoring on this device.")
+app.add_typer(bench, name="bench")
 
 Checkpoint = Annotated[Path, typer.Option("--model", help="A checkpoint folder.")]
 NewPath = Annotated[Path, typer.Option("--out", help="Where to write; must not exist.")]
@@ -125,6 +127,7 @@ def score(
     model: Checkpoint,
     input_file: Annotated[Path, typer.Option("--input", help='JSON Lines: {"query": ..., "items": [{"text": ...}]}')],
     output: Annotated[Path, typer.Option("--output", help="JSON Lines to write; must not exist.")],
+    buckets: Annotated[Path | None, typer.Option(help="Shapes to compile, from `jaxslm bench fit-buckets`.")] = None,
 ) -> None:
     """Score items against queries: P(yes) and log-odds per item, in input order.
 
@@ -132,7 +135,7 @@ def score(
     """
     from jaxslm.score.files import score_file
 
-    _answer(score_file(model, input_file, output))
+    _answer(score_file(model, input_file, output, buckets))
 
 
 @app.command("eval")
@@ -164,6 +167,79 @@ def quickstart(
     from jaxslm.quickstart import run
 
     _answer(run(out))
+
+
+@bench.command("score")
+def bench_score(
+    workload: Annotated[str, typer.Option(help="full_text, text_300, summary, latent_8 or latent_1.")],
+    model: Annotated[str, typer.Option(help="qwen3-0.6b, qwen3-0.6b-pruned, smollm2-135m, or a checkpoint folder.")],
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="By default the device's.")] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    items: Annotated[int | None, typer.Option(min=1, help="Items of a request, instead of the workload's.")] = None,
+    prefix: Annotated[int | None, typer.Option(min=0, help="Shared tokens, instead of the workload's.")] = None,
+    item_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an item, likewise.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests that are scored together.")] = 1,
+    sharing: Annotated[bool, typer.Option(help="Compute a query once for its items.")] = True,
+    padded: Annotated[bool, typer.Option("--padded", help="Plain rows, padded to a power of two.")] = False,
+    cuts: Annotated[Literal["all", "head", "none"], typer.Option(help="Which exact savings to keep.")] = "all",
+) -> None:
+    """Measure a scoring workload on this device beside its floor, with random weights and inputs.
+
+    Example: jaxslm bench score --workload summary --model smollm2-135m
+    """
+    from dataclasses import replace
+
+    from jaxslm.bench.score import bench_score as run
+    from jaxslm.bench.score import default_options
+
+    options = replace(default_options(), requests=requests, sharing=sharing, padded=padded, cuts=cuts)
+    _answer(
+        run(
+            workload,
+            model,
+            dtype=dtype,
+            repeats=repeats,
+            items=items,
+            prefix=prefix,
+            item_tokens=item_tokens,
+            options=options,
+        )
+    )
+
+
+@bench.command("peers")
+def bench_peers(
+    workload: Annotated[str, typer.Option(help="A workload of text: full_text, text_300 or summary.")],
+    model: Annotated[str, typer.Option(help="A model's name or a checkpoint folder.")],
+    peer_python: Annotated[str, typer.Option(help="A Python that has torch and transformers.")],
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    items: Annotated[int | None, typer.Option(min=1, help="Items of a request, instead of the workload's.")] = None,
+    torch_compile: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = True,
+) -> None:
+    """Measure the same workload and weights through transformers and torch, in turns with ours.
+
+    Example: jaxslm bench peers --workload summary --model smollm2-135m --peer-python python3
+    """
+    from jaxslm.bench.peers import bench_peers as run
+
+    _answer(run(workload, model, peer_python, repeats=repeats, items=items, torch_compile=torch_compile))
+
+
+@bench.command("fit-buckets")
+def bench_fit_buckets(
+    model: Checkpoint,
+    traffic: Annotated[Path, typer.Option("--input", help="Requests as `jaxslm score` reads them.")],
+    out: NewPath,
+    count: Annotated[int, typer.Option(min=1, help="Most shapes to compile.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=64, help="Most tokens of a forward pass.")] = 1024,
+) -> None:
+    """Fit the compiled shapes to a sample of traffic.
+
+    Example: jaxslm bench fit-buckets --model smollm2 --input requests.jsonl --out buckets.toml
+    """
+    from jaxslm.bench.buckets import fit_buckets_to_file
+
+    _answer(fit_buckets_to_file(model, traffic, out, count=count, max_tokens=max_tokens))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -14,7 +15,15 @@ from tests.tiny import tiny_checkpoint, tiny_config
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+def all_commands(group: Any) -> list[Any]:
+    """The verbs of a group and of the groups in it."""
+    nested = [all_commands(each) if hasattr(each, "commands") else [each] for each in group.commands.values()]
+    return [command for commands in nested for command in commands]
+
+
+COMMANDS = all_commands(typer.main.get_command(cli.app))
 
 
 def commands_in(text: str) -> list[str]:
@@ -26,9 +35,13 @@ def commands_in(text: str) -> list[str]:
 
 def check_command(command: str) -> None:
     """Fails unless the verb exists and takes these arguments."""
-    _, verb, *arguments = shlex.split(command)
-    assert verb in COMMANDS, command
-    COMMANDS[verb].make_context(verb, arguments)
+    _, *arguments = shlex.split(command)
+    found = typer.main.get_command(cli.app)
+    while hasattr(found, "commands"):
+        verb, *arguments = arguments
+        assert verb in found.commands, command
+        found = found.commands[verb]
+    found.make_context(verb, arguments)
 
 
 @pytest.mark.parametrize("command", commands_in(README))
@@ -36,10 +49,10 @@ def test_commands_of_the_readme(command: str) -> None:
     check_command(command)
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_examples_of_help(verb: str) -> None:
-    [command] = re.findall(r"Example: (jaxslm .*)", COMMANDS[verb].help)
-    check_command(command)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_examples_of_help(command: Any) -> None:
+    [example] = re.findall(r"Example: (jaxslm .*)", command.help)
+    check_command(example)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -42,6 +42,11 @@ class Options:
     requests: int = 1
 
 
+def default_options() -> Options:
+    """Returns the best settings known for this platform."""
+    return Options(max_tokens=1024 if jax.default_backend() == "cpu" else 16384)
+
+
 def bench_score(
     workload: str,
     model: str,
@@ -63,7 +68,7 @@ def bench_score(
     Raises:
         InputError: an unknown workload or model.
     """
-    options = options or Options(max_tokens=1024 if jax.default_backend() == "cpu" else 16384)
+    options = options or default_options()
     shape = workload_named(workload)
     shape = replace(
         shape,

@@ -6,21 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from jaxslm.atomic import new_file, refuse_existing
+from jaxslm.config import BucketConfig, load_toml
 from jaxslm.data_files import Item, Request, read_records
 from jaxslm.errors import InputError
 from jaxslm.progress import console, progress
 
 
-def score_file(model: Path, input_file: Path, output: Path) -> dict[str, Any]:
+def score_file(model: Path, input_file: Path, output: Path, buckets: Path | None = None) -> dict[str, Any]:
     """Scores every request of a file; returns a summary as a JSON-able dict.
 
     A line of the output is `{"scores": [P(yes)], "logits": [z_yes - z_no], "truncated": [bool]}`, in the order of the
     request's items. The whole input is checked before the model loads, and the output appears only when it is complete.
 
+    Args:
+        buckets: TOML of `jaxslm bench fit-buckets`; the defaults if None.
+
     Raises:
         InputError: the output exists, or the checkpoint or a line of the input breaks a rule.
     """
     refuse_existing(output)
+    fitted = load_toml(buckets, BucketConfig) if buckets else None
     num_items = 0
     for number, request in enumerate(read_records(input_file, Request), start=1):
         _texts(input_file, number, request)
@@ -28,7 +33,7 @@ def score_file(model: Path, input_file: Path, output: Path) -> dict[str, Any]:
 
     from jaxslm.score.scorer import load
 
-    ranker = load(model)
+    ranker = load(model, buckets=fitted)
     num_requests = num_truncated = 0
     start = time.perf_counter()
     with new_file(output) as staging, staging.open("w", encoding="utf-8") as lines, progress() as bar:
