@@ -2,12 +2,14 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from jaxslm.atomic import new_file
+from jaxslm.demo import fetch_demo
 from jaxslm.errors import InputError
 from jaxslm.progress import console
 
@@ -16,16 +18,19 @@ CANDIDATES, QUERIES = 50, 12
 MODEL_NAME = "SmolLM2-135M, untrained for ranking"
 
 
-def run(out: Path) -> dict[str, Any]:
+def run(out: Path, fetch: Callable[[Path], dict[str, Any]] = fetch_demo) -> dict[str, Any]:
     """Fetches the demo, converts the model, evaluates it on a sample of queries; returns the result file.
 
     Everything lies under `out`; a stage whose result is there is not repeated.
+
+    Args:
+        fetch: fills the data folder and returns what `jaxslm.demo.fetch_demo` does.
 
     Raises:
         InputError: no network, or a folder that is not this program's.
     """
     data, model, results = out / "demo", out / "smollm2", out / "results.json"
-    _fetch(data)
+    _fetch(data, fetch)
     _convert(data, model)
     _show(model)
     if not results.is_file():
@@ -45,11 +50,9 @@ def _say(stage: int, text: str) -> None:
     console().print(f"[bold]{stage}/4[/bold] {text}")
 
 
-def _fetch(data: Path) -> None:
-    from jaxslm.demo import fetch_demo
-
+def _fetch(data: Path, fetch: Callable[[Path], dict[str, Any]]) -> None:
     _say(1, "Data: 923 occupations as job postings (O*NET), and titles that people search for (BLS); a small model.")
-    counts = fetch_demo(data)["counts"]
+    counts = fetch(data)["counts"]
     shown = ("items", "train_task_queries", "train_dwa_queries", "dev_queries", "bls_queries")
     console().print("    " + ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in shown))
 
