@@ -5,6 +5,7 @@ when they run, so that `--help` is instant.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +43,15 @@ def main() -> None:
 def _fail(message: str) -> int:
     print("jaxslm: error:", " ".join(message.split()), file=sys.stderr)
     return 2
+
+
+def _keep_compiled_programs() -> None:
+    """Keeps XLA's programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR says where."""
+    from jaxslm.score.warmup import use_compilation_cache
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        use_compilation_cache(Path(home) / "jaxslm" / "compiled")
 
 
 def _answer(result: dict[str, Any]) -> None:
@@ -135,6 +145,7 @@ def score(
     """
     from jaxslm.score.files import score_file
 
+    _keep_compiled_programs()
     _answer(score_file(model, input_file, output, buckets))
 
 
@@ -153,6 +164,7 @@ def evaluate(
     """
     from jaxslm.evaluate.checkpoints import evaluate_checkpoint
 
+    _keep_compiled_programs()
     _answer(evaluate_checkpoint(model, data, split, candidates=candidates, limit=limit, run_out=run_out))
 
 
@@ -166,6 +178,7 @@ def quickstart(
     """
     from jaxslm.quickstart import run
 
+    _keep_compiled_programs()
     _answer(run(out))
 
 

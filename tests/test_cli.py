@@ -29,6 +29,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Runs the command line in this process: (exit code, last stdout line as JSON or None, stderr)."""
 
     def run(*arguments: object) -> tuple[int, dict[str, Any] | None, str]:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # tests leave the user's cache folder alone
         monkeypatch.setattr(sys, "argv", ["jaxslm", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
