@@ -81,6 +81,9 @@ def convert(
     ] = None,
     instruction: Annotated[str | None, typer.Option(help="What relevance means, in a sentence.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest row; item bodies are cut to keep it.")] = None,
+    labels: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="NO YES", help="Answer words, one token each; by default no, yes.")
+    ] = None,
 ) -> None:
     """Make a checkpoint from a Hugging Face folder, a hub id or a .gguf file.
 
@@ -88,7 +91,7 @@ def convert(
     """
     from jaxslm.convert import convert as run
 
-    manifest = run(source, out, template=prompt, instruction=instruction, max_tokens=max_tokens)
+    manifest = run(source, out, template=prompt, instruction=instruction, max_tokens=max_tokens, labels=labels)
     _answer({"checkpoint": str(out), "source": manifest.source, "params_sha256": manifest.params_sha256})
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from jaxslm.errors import InputError
 
+NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Family = Literal["llama", "qwen3"]
 
@@ -81,13 +82,13 @@ class PromptConfig(Settings):
         template: "qwen3-reranker" (the published prompt of Qwen3-Reranker) or "yes-no" (a plain question).
         instruction: what relevance means here, in a sentence.
         max_tokens: longest row in tokens; only the item's body is cut to keep it.
+        labels: the words for (no, yes), each one token of the tokenizer; the template's own if None.
     """
 
     template: Literal["qwen3-reranker", "yes-no"]
-    instruction: Annotated[str, Field(min_length=1)] = (
-        "Given a web search query, retrieve relevant passages that answer the query"
-    )
+    instruction: NonEmpty = "Given a web search query, retrieve relevant passages that answer the query"
     max_tokens: Annotated[int, Field(ge=32)] = 2048
+    labels: Annotated[tuple[NonEmpty, NonEmpty], Field(strict=False)] | None = None
 
 
 class RankerConfig(Settings):

@@ -93,7 +93,8 @@ class Prompt:
         tree["added_tokens"] = [token | {"special": True} for token in tree["added_tokens"]]
         self._text_tokenizer = Tokenizer.from_str(json.dumps(tree))
         self._text_tokenizer.encode_special_tokens = True
-        self.label_token_ids = (self._label_id(self.template.no), self._label_id(self.template.yes))
+        no, yes = config.labels or (self.template.no, self.template.yes)
+        self.label_token_ids = (self._label_id(no), self._label_id(yes))
 
     @property
     def vocab_size(self) -> int:
@@ -165,7 +166,9 @@ class Prompt:
     def _label_id(self, word: str) -> int:
         ids = self._ids(self._tokenizer, [word])[0]
         if len(ids) != 1:
-            raise InputError(f"label {word!r}: must be one token of this tokenizer, is {len(ids)}")
+            raise InputError(
+                f"label {word!r}: must be one token of this tokenizer, is {len(ids)}; choose others (labels)"
+            )
         return ids[0]
 
     @staticmethod

@@ -14,7 +14,7 @@ import pytest
 
 import jaxslm
 from jaxslm import cli
-from tests.tiny import tiny_checkpoint, tiny_config, write_hf_folder
+from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokenizer_json, write_hf_folder
 
 Run = Callable[..., tuple[int, dict[str, Any] | None, str]]
 
@@ -140,7 +140,8 @@ def test_existing_outputs_are_kept(run: Run, model: Path, tmp_path: Path) -> Non
 
 def test_convert_inspect_and_score_agree_on_the_model(run: Run, tmp_path: Path) -> None:
     source = write_hf_folder(tmp_path / "hf", tiny_config())
-    code, made, _ = run("convert", "--from", source, "--out", tmp_path / "ckpt", "--max-tokens", 128)
+    options = ("--max-tokens", 128, "--labels", "the", " job")
+    code, made, _ = run("convert", "--from", source, "--out", tmp_path / "ckpt", *options)
     assert code == 0
     code, card, stderr = run("inspect", tmp_path / "ckpt")
     assert code == 0
@@ -148,6 +149,12 @@ def test_convert_inspect_and_score_agree_on_the_model(run: Run, tmp_path: Path) 
     assert card is not None
     assert card["params_sha256"] == made["params_sha256"]
     assert card["prompt"]["max_tokens"] == 128
+    vocabulary = json.loads(tiny_tokenizer_json())["model"]["vocab"]
+    assert card["label_token_ids"] == [vocabulary["the"], vocabulary["Ġjob"]]
+    refused = run("convert", "--from", source, "--out", tmp_path / "other", "--labels", "maybe", "yes")
+    assert refused[0] == 2
+    assert "label 'maybe': must be one token" in refused[2]
+    assert not (tmp_path / "other").exists()
     assert f"{card['parameters']:,}" in stderr
 
 
