@@ -115,7 +115,7 @@ def train(
     out: Annotated[Path, typer.Option("--out", help="Checkpoint to write; a run that was stopped goes on.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="a.b=value, instead of the file's.")] = None,
 ) -> None:
-    """Train a model to rank, or teach it from another one.
+    """Train a model to rank, or teach it from another one. Stopped by Ctrl-C it exits with 130 and can go on.
 
     Example: jaxslm train ranker --config configs/cpu.toml --set steps=200 --out ranker
     """
@@ -133,6 +133,8 @@ def train(
 
         result = train_ranker(load_toml(config, RankerTraining, chosen), out)
     _answer(result.to_json())
+    if not result.finished:
+        raise typer.Exit(130)
 
 
 @app.command()
