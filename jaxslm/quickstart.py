@@ -84,7 +84,7 @@ def _evaluate(jobs: Path, model: Path, results: Path) -> None:
     _say(
         4,
         f"Ranking: for {QUERIES} searched titles, BM25 proposes {CANDIDATES} postings (and the right ones are added);"
-        " the model reads each and answers yes or no; P(yes) orders them. Two to four minutes on two cores.",
+        " the model reads each and answers yes or no; P(yes) orders them. About five minutes on two cores.",
     )
     start = time.perf_counter()
     ranker = load(model)
