@@ -114,10 +114,15 @@ class CompiledScorer:
     def dispatch(self, group: Sequence[Forward]) -> Array:
         """Queues passes of one bucket, one per device, and returns their logits to come."""
         if len(self.devices) == 1:
-            return self.score_fn(self.params, group[0].batch)
+            return self.score_fn(self.params, self._arrays(group[0]))
         empty = [empty_forward(group[0].bucket, group[0].vectors)] * (len(self.devices) - len(group))
-        batches = [forward.batch for forward in (*group, *empty)]
+        batches = [self._arrays(forward) for forward in (*group, *empty)]
         return self.score_fn(self.params, {name: np.stack([batch[name] for batch in batches]) for name in batches[0]})
+
+    def _arrays(self, forward: Forward) -> dict[str, np.ndarray]:
+        """The pass's arrays; vectors in the compute dtype, whatever they are stored in, so that one program serves."""
+        batch = forward.batch
+        return batch | {"vectors": batch["vectors"].astype(self.dtype)} if "vectors" in batch else batch
 
     def collect(self, group: Sequence[Forward], result: Array, logits: np.ndarray) -> None:
         """Waits for a result of `dispatch` and puts its rows where they belong in `logits` [n, 2]."""
@@ -129,5 +134,5 @@ class CompiledScorer:
         """Yields one empty group per bucket: what warm-up compiles with."""
         for bucket in self.buckets.buckets:
             shape = (bucket.rows, bucket.items_per_row, bucket.vectors_per_item, self.config.model.width)
-            vectors = np.zeros(shape, self.dtype) if bucket.vectors_per_item else None
+            vectors = np.zeros(shape, np.float32) if bucket.vectors_per_item else None
             yield (empty_forward(bucket, vectors),)

@@ -10,10 +10,10 @@ import pytest
 from jax import export
 
 from jaxslm.config import Bucket, BucketConfig
-from jaxslm.score.compiled import make_score_fn
+from jaxslm.score.compiled import CompiledScorer, make_score_fn
 from jaxslm.score.packing import Packer, PackRequest
 from jaxslm.score.scorer import Ranker, load
-from jaxslm.score.warmup import compilations, compile_ahead, export_score_fn, use_compilation_cache
+from jaxslm.score.warmup import compilations, compile_ahead, export_score_fn, use_compilation_cache, warm_up
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_params, tiny_ranker_config
 
 BUCKETS = BucketConfig(
@@ -42,6 +42,20 @@ def test_nothing_compiles_after_warm_up_and_the_garbage_collector_is_frozen(rank
     for texts in (["a job"], ["a job"] * 30, ["developer " * 10, "x"], ["nurse"] * 3):
         ranker.score("python developer", texts)
     ranker.label_logits([[1, 2, 3], [4] * 100])
+    assert compilations() == before
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_vectors_of_any_dtype_are_warm(stored: type) -> None:
+    bucket = SMALL.model_copy(update={"vectors_per_item": 2})
+    buckets, params = BucketConfig(buckets=(bucket,)), tiny_params(CONFIG.model)
+    scorer = CompiledScorer(CONFIG, params, dtype=jnp.bfloat16, devices=jax.devices()[:1], buckets=buckets)
+    warm_up(scorer)
+    gc.unfreeze()
+    before = compilations()
+    vectors: np.ndarray = np.full((3, 2, CONFIG.model.width), 0.25, stored)
+    logits = scorer.logits([PackRequest([1, 2, 3], [[0, 0, 5], [0, 0, 6], [0, 0, 7, 8]], vectors)])
+    assert np.isfinite(logits).all()
     assert compilations() == before
 
 
