@@ -232,6 +232,7 @@ def bench_peers(
     peer_python: Annotated[str, typer.Option(help="A Python that has torch and transformers.")],
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     items: Annotated[int | None, typer.Option(min=1, help="Items of a request, instead of the workload's.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Peers' batch sizes; by default 1 to 50.")] = None,
     torch_compile: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = True,
 ) -> None:
     """Measure the same workload and weights through transformers and torch, in turns with ours.
@@ -240,7 +241,10 @@ def bench_peers(
     """
     from jaxslm.bench.peers import bench_peers as run
 
-    _answer(run(workload, model, peer_python, repeats=repeats, items=items, torch_compile=torch_compile))
+    batches = tuple(batch or (1, 5, 10, 25, 50))
+    _answer(
+        run(workload, model, peer_python, repeats=repeats, items=items, batches=batches, torch_compile=torch_compile)
+    )
 
 
 @bench.command("fit-buckets")
