@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -66,8 +67,9 @@ class Checkpoint:
         """The ranker's configuration."""
         return self.manifest.ranker
 
+    @cached_property
     def prompt(self) -> Prompt:
-        """Returns the prompt that this checkpoint was made for."""
+        """The prompt that this checkpoint was made for. Building it takes about a second for a real tokenizer."""
         return Prompt(self.tokenizer_files["tokenizer.json"].decode(), self.config.prompt)
 
 
@@ -159,7 +161,7 @@ def load_checkpoint(path: Path, sharding: jax.sharding.Sharding | None = None) -
     tokenizer_files = _load_tokenizer_files(path, manifest)
     params = _load_params(path, manifest, sharding)
     checkpoint = Checkpoint(manifest, params, tokenizer_files)
-    prompt = checkpoint.prompt()
+    prompt = checkpoint.prompt
     if prompt.label_token_ids != checkpoint.config.label_token_ids:
         raise InputError(
             f"{path}: label_token_ids {checkpoint.config.label_token_ids} of the manifest are not the tokenizer's"

@@ -57,7 +57,7 @@ def test_load_gives_what_was_saved(tmp_path: Path, dtype: str) -> None:
     assert (found.config, found.tokenizer_files) == (config, files)
     assert (manifest.params_dtype, manifest.params_sha256) == (dtype, params_sha256(params))
     assert (manifest.source, manifest.parent, manifest.metrics) == ("made in a test", "ab" * 32, metrics)
-    assert found.prompt().config == config.prompt
+    assert found.prompt.config == config.prompt
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 

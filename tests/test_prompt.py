@@ -203,4 +203,4 @@ def test_rows_equal_the_whole_text_with_smollm2(query: str, title: str | None, t
 
 @cache
 def smollm2_prompt() -> Prompt:
-    return smollm2().prompt()
+    return smollm2().prompt

@@ -27,7 +27,7 @@ def fit_buckets_to_file(
         InputError: `out` exists, or the checkpoint or the traffic breaks a rule.
     """
     refuse_existing(out)
-    prompt = load_checkpoint(model).prompt()
+    prompt = load_checkpoint(model).prompt
     requests = []
     for request in read_records(traffic, Request):
         encoded = prompt.encode(request.query, [item.text or "" for item in request.items])

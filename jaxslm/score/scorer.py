@@ -53,7 +53,7 @@ class Ranker:
         """Args as `load`."""
         self.manifest = checkpoint.manifest
         self.config = checkpoint.config
-        self.prompt = checkpoint.prompt()
+        self.prompt = checkpoint.prompt
         self.scorer = CompiledScorer(self.config, checkpoint.params, dtype=dtype, devices=devices, buckets=buckets)
 
     @property

@@ -108,7 +108,7 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     if settings.teacher is not None:
         path = Path(settings.teacher.checkpoint)
         teacher = load_teacher(path, start, dtype, mesh, hidden=settings.losses.hidden > 0)
-    batches = ranker_batches(settings.data, start.prompt(), host=jax.process_index(), hosts=jax.process_count())
+    batches = ranker_batches(settings.data, start.prompt, host=jax.process_index(), hosts=jax.process_count())
     held_out = HeldOut(settings.evaluation)
 
     def evaluate(params: Params) -> dict[str, float]:

@@ -42,7 +42,7 @@ def load_teacher(path: Path, student: Checkpoint, dtype: jnp.dtype, mesh: Mesh, 
     """
     checkpoint = load_checkpoint(path, NamedSharding(mesh, P()))
     ours, theirs = student.manifest, checkpoint.manifest
-    same_text = checkpoint.prompt().sha256 == student.prompt().sha256
+    same_text = checkpoint.prompt.sha256 == student.prompt.sha256
     if ours.tokenizer_sha256 != theirs.tokenizer_sha256 or not same_text:
         raise InputError(
             f"teacher {path}: has another tokenizer or prompt than the student; score the lists with `jaxslm score`"

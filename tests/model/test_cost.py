@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxslm.bench.workloads import MODELS
 from jaxslm.config import ModelConfig
 from jaxslm.model.cost import (
     attention_flops_per_pair,
@@ -22,21 +23,7 @@ from jaxslm.model.decoder import Decoder, abstract_params
 from jaxslm.model.layout import Rows
 from tests.tiny import tiny_config
 
-QWEN3_06B = ModelConfig(
-    family="qwen3",
-    vocab_size=151_936,
-    width=1024,
-    num_layers=28,
-    num_kv_heads=8,
-    queries_per_kv=2,
-    head_dim=128,
-    mlp_width=3072,
-    max_positions=40_960,
-    tie_embeddings=True,
-    rope_theta=1e6,
-    norm_eps=1e-6,
-)
-PRUNED = QWEN3_06B.model_copy(update={"num_layers": 20, "mlp_width": 1536})
+QWEN3_06B, PRUNED = MODELS["qwen3-0.6b"], MODELS["qwen3-0.6b-pruned"]
 
 configs = st.builds(
     lambda family, layers, kv_heads, mlp_widths, group, head_dim, tied: tiny_config(
