@@ -3,14 +3,16 @@
     CKPT/manifest.json       format version, ranker config, hashes, parent, metrics
     CKPT/tokenizer/          tokenizer.json and what else its source had
     CKPT/params/             Orbax; restores onto any number of devices
+    CKPT/masks/, compressor/ further Orbax items, where the checkpoint has them
 
-Nothing is guessed: hashes of parameters, tokenizer and prompt are checked at every load.
+Nothing is guessed: hashes of parameters, tokenizer and prompt are checked at every load, and those of further items
+whenever they are asked for.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,17 @@ from jaxslm.prompt import Prompt
 
 FORMAT_VERSION = 1
 MAIN_PACKAGES = ("jax", "flax", "orbax-checkpoint", "numpy")
+OWN_NAMES = ("params", "tokenizer", "train_state")
+
+Tree = dict[str, Any]
+"""A nested dict of arrays."""
+
+
+class ExtraItem(Settings):
+    """An Orbax item beside the parameters: `sha256` of names and values, and of each `files` that holds them."""
+
+    sha256: str
+    files: dict[str, str]
 
 
 class Manifest(Settings):
@@ -38,7 +51,7 @@ class Manifest(Settings):
         params_files: sha256 of each file that holds them, so that damage is found before anything reads it.
         source: what the weights came from, in words. parent: params_sha256 of the checkpoint they were made from.
         metrics: figures of this checkpoint by name, e.g. "dev_ndcg_at_10".
-        versions: packages that wrote it.
+        versions: packages that wrote it. extra: further items, by the name of their folder.
     """
 
     format_version: int
@@ -52,15 +65,22 @@ class Manifest(Settings):
     parent: str | None = None
     metrics: dict[str, float] = {}
     versions: dict[str, str] = {}
+    extra: dict[str, ExtraItem] = {}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: `tokenizer_files` maps file names to their bytes, "tokenizer.json" among them."""
+    """A loaded checkpoint.
+
+    Attributes:
+        tokenizer_files: file names and their bytes, "tokenizer.json" among them.
+        extra: the further items that were asked for, by name.
+    """
 
     manifest: Manifest
     params: Params
     tokenizer_files: Mapping[str, bytes]
+    extra: Mapping[str, Tree] = field(default_factory=dict)
 
     @property
     def config(self) -> RankerConfig:
@@ -92,14 +112,21 @@ def save_checkpoint(
     source: str,
     parent: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    extra: Mapping[str, Tree] | None = None,
 ) -> Manifest:
     """Writes a checkpoint aside and renames it to `path`; returns its manifest.
 
-    Raises:
-        InputError: `path` exists, or the parameters do not have the shapes that `config` asks for.
-    """
-    import orbax.checkpoint as ocp
+    Args:
+        extra: further items by name, nested dicts of arrays of any shapes and dtypes, as "masks" or "compressor".
 
+    Raises:
+        InputError: `path` exists, the parameters do not have the shapes that `config` asks for, or an item's name is
+            no plain word or belongs to the checkpoint itself.
+    """
+    extra = extra or {}
+    for name in extra:
+        if not name.isidentifier() or name in OWN_NAMES:
+            raise InputError(f"checkpoint item {name!r}: must be a plain word other than {', '.join(OWN_NAMES)}")
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
     if dtypes not in ({"float32"}, {"bfloat16"}):
         raise InputError(f"parameters: must all be float32 or all be bfloat16, are {', '.join(sorted(dtypes))}")
@@ -111,8 +138,8 @@ def save_checkpoint(
         (folder / "tokenizer").mkdir()
         for name, content in tokenizer_files.items():
             (folder / "tokenizer" / name).write_bytes(content)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder.absolute() / "params", params)
+        for name, tree in {"params": params, **extra}.items():
+            _save_item(folder / name, tree)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             ranker=config,
@@ -125,6 +152,10 @@ def save_checkpoint(
             parent=parent,
             metrics=dict(metrics or {}),
             versions={name: version(name) for name in MAIN_PACKAGES},
+            extra={
+                name: ExtraItem(sha256=params_sha256(tree), files=_file_hashes(folder / name))
+                for name, tree in extra.items()
+            },
         )
         (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest
@@ -148,19 +179,24 @@ def load_manifest(path: Path) -> Manifest:
     return validate(Manifest, tree, str(file))
 
 
-def load_checkpoint(path: Path, sharding: jax.sharding.Sharding | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: Path, sharding: jax.sharding.Sharding | None = None, *, extra: Collection[str] = ()
+) -> Checkpoint:
     """Returns the checkpoint of a folder, its parameters in their stored dtype.
 
     Args:
         sharding: where every parameter is put; the default device if None.
+        extra: names of further items to load too; others are neither read nor checked.
 
     Raises:
-        InputError: no such checkpoint, another format version, or anything missing, damaged or of another shape.
+        InputError: no such checkpoint, another format version, an item that it lacks, or anything missing, damaged or
+            of another shape.
     """
     manifest = load_manifest(path)
     tokenizer_files = _load_tokenizer_files(path, manifest)
     params = _load_params(path, manifest, sharding)
-    checkpoint = Checkpoint(manifest, params, tokenizer_files)
+    items = {name: _load_extra(path, manifest, name, sharding) for name in extra}
+    checkpoint = Checkpoint(manifest, params, tokenizer_files, items)
     prompt = checkpoint.prompt
     if prompt.label_token_ids != checkpoint.config.label_token_ids:
         raise InputError(
@@ -191,26 +227,48 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _load_params(path: Path, manifest: Manifest, sharding: jax.sharding.Sharding | None) -> Params:
+def _save_item(folder: Path, tree: Tree) -> None:
     import orbax.checkpoint as ocp
 
-    folder = path.absolute() / "params"
-    found, expected = _file_hashes(folder), manifest.params_files
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            problem = "is missing" if name not in found else "is unexpected" if name not in expected else "is damaged"
-            raise InputError(f"{path}/params: {name} {problem} (sha256 differs from the manifest's)")
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_params(manifest.ranker.model, jnp.dtype(manifest.params_dtype)),
-    )
     with ocp.StandardCheckpointer() as checkpointer:
-        _check_shapes(checkpointer.metadata(folder).item_metadata.tree, target, f"{path}/params")
-        params: Params = checkpointer.restore(folder, target)
-    if params_sha256(params) != manifest.params_sha256:
-        raise InputError(f"{path}/params: values are not those of the manifest (sha256 differs)")
-    return params
+        checkpointer.save(folder.absolute(), tree)
+
+
+def _load_params(path: Path, manifest: Manifest, sharding: jax.sharding.Sharding | None) -> Params:
+    target = abstract_params(manifest.ranker.model, jnp.dtype(manifest.params_dtype))
+    return _load_item(path / "params", manifest.params_files, manifest.params_sha256, target, sharding)
+
+
+def _load_extra(path: Path, manifest: Manifest, name: str, sharding: jax.sharding.Sharding | None) -> Tree:
+    if name not in manifest.extra:
+        raise InputError(f"{path}: holds no {name}")
+    item = manifest.extra[name]
+    return _load_item(path / name, item.files, item.sha256, None, sharding)
+
+
+def _load_item(
+    folder: Path, files: Mapping[str, str], sha256: str, target: Tree | None, sharding: jax.sharding.Sharding | None
+) -> Tree:
+    """Returns an Orbax item after checking its files, its shapes against `target` (if given) and its values."""
+    import orbax.checkpoint as ocp
+
+    found = _file_hashes(folder)
+    for name in sorted(found.keys() | files.keys()):
+        if found.get(name) != files.get(name):
+            problem = "is missing" if name not in found else "is unexpected" if name not in files else "is damaged"
+            raise InputError(f"{folder}: {name} {problem} (sha256 differs from the manifest's)")
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        if target is not None:
+            _check_shapes(stored, target, str(folder))
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), target or stored
+        )
+        tree: Tree = checkpointer.restore(folder.absolute(), target)
+    if params_sha256(tree) != sha256:
+        raise InputError(f"{folder}: values are not those of the manifest (sha256 differs)")
+    return tree
 
 
 def _check_shapes(params: Params, expected: Params, where: str) -> None:

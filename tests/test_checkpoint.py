@@ -84,6 +84,55 @@ def test_one_device_and_eight(tmp_path: Path) -> None:
         assert_equal(on_eight, params)
 
 
+EXTRA: dict[str, dict[str, Any]] = {
+    "masks": {"keep": np.array([[True, False, True]])},
+    "compressor": {"inner": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}, "b": jnp.ones(4, jnp.bfloat16)},
+}
+
+
+@pytest.fixture(scope="module")
+def with_extra(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("extra") / "saved"
+    config = tiny_ranker_config(tiny_config(num_layers=1))
+    save_checkpoint(path, config, tiny_params(config.model), TOKENIZER, source="random", extra=EXTRA)
+    return path
+
+
+def test_further_items_come_back_when_asked_for(with_extra: Path) -> None:
+    found = load_checkpoint(with_extra, extra=("masks", "compressor"))
+    assert_equal(dict(found.extra), EXTRA)
+    assert load_checkpoint(with_extra).extra == {}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    everywhere = load_checkpoint(with_extra, NamedSharding(mesh, PartitionSpec()), extra=["masks"]).extra
+    assert everywhere.keys() == {"masks"}
+    assert len(everywhere["masks"]["keep"].devices()) == 8
+
+
+def test_further_items_that_are_absent_or_damaged(tmp_path: Path, with_extra: Path) -> None:
+    with pytest.raises(InputError, match="saved: holds no encoder"):
+        load_checkpoint(with_extra, extra=["encoder"])
+    damaged = shutil.copytree(with_extra, tmp_path / "damaged")
+    file = next(path for path in sorted((damaged / "masks").rglob("*")) if path.is_file() and path.stat().st_size)
+    flip(file)
+    load_checkpoint(damaged, extra=["compressor"])
+    with pytest.raises(InputError, match=r"damaged/masks: .* is damaged"):
+        load_checkpoint(damaged, extra=["masks"])
+    shutil.rmtree(damaged / "compressor")
+    shutil.copytree(with_extra / "masks", damaged / "compressor")
+    with pytest.raises(InputError, match="damaged/compressor: "):
+        load_checkpoint(damaged, extra=["compressor"])
+
+
+@pytest.mark.parametrize("name", ["params", "tokenizer", "../masks", "a/b", "", "manifest.json"])
+def test_names_of_further_items(tmp_path: Path, name: str) -> None:
+    config = tiny_ranker_config(tiny_config(num_layers=1))
+    with pytest.raises(InputError, match="must be a plain word"):
+        save_checkpoint(
+            tmp_path / "ckpt", config, tiny_params(config.model), TOKENIZER, source="x", extra={name: EXTRA["masks"]}
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_hash_sees_names_shapes_dtypes_and_values() -> None:
     leaf = jnp.arange(6, dtype=jnp.float32)
     trees = [
