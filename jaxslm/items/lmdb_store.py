@@ -123,7 +123,7 @@ class LmdbStore(Store):
         self._env.close()
 
     def _cut(self, size: int) -> int:
-        """Returns where a value of `size` bytes is cut: at the start of its last page if less than a quarter of it is full."""
+        """Returns where a value of `size` bytes is cut: before its last page if less than a quarter of that is full."""
         pages, rest = divmod(size + _PAGE_HEADER_BYTES, self._page_bytes)
         return size - rest if pages and rest < self._page_bytes // 4 else size
 
