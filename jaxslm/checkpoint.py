@@ -21,9 +21,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import model_validator
 
 from jaxslm.atomic import new_folder
-from jaxslm.config import RankerConfig, Settings, validate
+from jaxslm.config import CompressorConfig, RankerConfig, Settings, validate
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params, abstract_params
 from jaxslm.prompt import Prompt
@@ -52,6 +53,7 @@ class Manifest(Settings):
         source: what the weights came from, in words. parent: params_sha256 of the checkpoint they were made from.
         metrics: figures of this checkpoint by name, e.g. "dev_ndcg_at_10".
         versions: packages that wrote it. extra: further items, by the name of their folder.
+        compressor: what the item "compressor" is, where there is one.
     """
 
     format_version: int
@@ -66,6 +68,15 @@ class Manifest(Settings):
     metrics: dict[str, float] = {}
     versions: dict[str, str] = {}
     extra: dict[str, ExtraItem] = {}
+    compressor: CompressorConfig | None = None
+
+    @model_validator(mode="after")
+    def _vectors_are_as_wide_as_the_ranker(self) -> "Manifest":
+        if self.compressor is not None and self.compressor.width != self.ranker.model.width:
+            raise ValueError(
+                f"the compressor's vectors have width {self.compressor.width}, the ranker {self.ranker.model.width}"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -113,11 +124,13 @@ def save_checkpoint(
     parent: str | None = None,
     metrics: Mapping[str, float] | None = None,
     extra: Mapping[str, Tree] | None = None,
+    compressor: CompressorConfig | None = None,
 ) -> Manifest:
     """Writes a checkpoint aside and renames it to `path`; returns its manifest.
 
     Args:
         extra: further items by name, nested dicts of arrays of any shapes and dtypes, as "masks" or "compressor".
+        compressor: what the item "compressor" is.
 
     Raises:
         InputError: `path` exists, the parameters do not have the shapes that `config` asks for, or an item's name is
@@ -156,6 +169,7 @@ def save_checkpoint(
                 name: ExtraItem(sha256=params_sha256(tree), files=_file_hashes(folder / name))
                 for name, tree in extra.items()
             },
+            compressor=compressor,
         )
         (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest

@@ -110,6 +110,34 @@ class RankerConfig(Settings):
         return self
 
 
+Pooling = Literal["mean", "last"]
+
+
+class CompressorConfig(Settings):
+    """What a compressor is, beside its weights: enough to encode an item, and to place its vectors in a prompt.
+
+    Attributes:
+        encoder: shape of the decoder that reads items. width: D of the vectors, the ranker's.
+        ks: how many vectors an item may become.
+        pooling: "mean" of equal contiguous segments of an item's states, or its "last" states.
+        max_item_tokens: how much of an item is read; the rest is cut.
+        answer_tokens: how many of the prompt's last tokens stand behind an item's vectors.
+        text_fields: fields of an item that the ranker reads as text behind the vectors, the title or a place for
+            example. max_text_tokens: the most tokens of them; 0 if there are none.
+        tokenizer_sha256: of the encoder's tokenizer; it may be another than the ranker's.
+    """
+
+    encoder: ModelConfig
+    width: Positive
+    ks: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)]
+    pooling: Pooling
+    max_item_tokens: Positive
+    answer_tokens: Positive
+    text_fields: Annotated[tuple[NonEmpty, ...], Field(strict=False)] = ()
+    max_text_tokens: Annotated[int, Field(ge=0)] = 0
+    tokenizer_sha256: str
+
+
 class Bucket(Settings):
     """One static shape of a scoring forward pass (`jaxslm.model.layout.SharedPrefix`).
 

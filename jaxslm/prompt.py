@@ -59,6 +59,23 @@ TEMPLATES = {
 }
 
 
+def text_tokenizer(tokenizer_json: str) -> Tokenizer:
+    """Returns a tokenizer that never reads text from users as control tokens: "<|im_end|>" in a posting stays text.
+
+    Raises:
+        InputError: `tokenizer_json` is broken.
+    """
+    try:
+        tree = json.loads(Tokenizer.from_str(tokenizer_json).to_str())
+    except Exception as error:  # what `tokenizers` raises has no class of its own
+        raise InputError(f"tokenizer.json: broken ({error})") from None
+    # Some added tokens are not marked special but control all the same, as Qwen3's "<think>".
+    added = [token | {"special": True} for token in tree["added_tokens"]]
+    tokenizer = Tokenizer.from_str(json.dumps(tree | {"added_tokens": added, "padding": None, "truncation": None}))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 @dataclass(frozen=True)
 class EncodedRequest:
     """A query with its items as token ids.
@@ -81,18 +98,10 @@ class Prompt:
         """Args: tokenizer_json: content of a `tokenizer.json`. Raises InputError if it is broken or splits a label."""
         self.config = config
         self.template = TEMPLATES[config.template]
-        try:
-            self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # what `tokenizers` raises has no class of its own
-            raise InputError(f"tokenizer.json: broken ({error})") from None
+        self._text_tokenizer = text_tokenizer(tokenizer_json)
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        # Text from users is never read as control tokens: "<|im_end|>" in a posting stays ten characters. Some added
-        # tokens are not marked special but control all the same, as Qwen3's "<think>".
-        tree = json.loads(self._tokenizer.to_str())
-        tree["added_tokens"] = [token | {"special": True} for token in tree["added_tokens"]]
-        self._text_tokenizer = Tokenizer.from_str(json.dumps(tree))
-        self._text_tokenizer.encode_special_tokens = True
         no, yes = config.labels or (self.template.no, self.template.yes)
         self.label_token_ids = (self._label_id(no), self._label_id(yes))
 
@@ -128,13 +137,9 @@ class Prompt:
         Raises:
             InputError: an empty query, no items, an item without text, or no room for an item's body.
         """
-        if not query.strip():
-            raise InputError("query: must not be empty")
+        prefix_ids = self.encode_query(query)
         if not items:
             raise InputError("items: a request needs at least one")
-        prefix_ids = (
-            self.prefix_ids + self._ids(self._text_tokenizer, [" " + query.strip()], self.template.after_query)[0]
-        )
         fronts, bodies = zip(*(self._front_and_body(number, item) for number, item in enumerate(items)), strict=True)
         front_ids = self._ids(self._text_tokenizer, fronts)
         body_ids = self._ids(self._text_tokenizer, bodies, self.template.after_item)
@@ -155,6 +160,20 @@ class Prompt:
             item_ids.append(ids + self.suffix_ids)
             truncated.append(cut)
         return EncodedRequest(prefix_ids, item_ids, truncated)
+
+    def encode_query(self, query: str) -> list[int]:
+        """Returns what all items of a query share: the prompt's prefix and the query, never cut.
+
+        Raises:
+            InputError: an empty query.
+        """
+        if not query.strip():
+            raise InputError("query: must not be empty")
+        return self.prefix_ids + self._ids(self._text_tokenizer, [" " + query.strip()], self.template.after_query)[0]
+
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text as it stands in a prompt: behind a space, without any of the prompt's words."""
+        return self._ids(self._text_tokenizer, [" " + text.strip() for text in texts])
 
     def _front_and_body(self, number: int, item: str | Item) -> tuple[str, str]:
         title, body = ("", item) if isinstance(item, str) else (item.title or "", item.text)

@@ -1,6 +1,21 @@
-"""Where embedding tokens enter the ranker: they replace the first C tokens of an item."""
+"""Where embedding tokens enter the ranker: they replace the first C tokens of an item.
+
+    prefix and query | C embedding tokens | some of the item's text, if the compressor wants it | answer tokens
+
+An item's positions go on where the prefix ends, in every slot, as those of its text would.
+"""
+
+from collections.abc import Sequence
 
 from jaxtyping import Array, Float, Int
+
+from jaxslm.config import CompressorConfig
+from jaxslm.data_files import Item
+from jaxslm.errors import InputError
+from jaxslm.prompt import Prompt
+
+PLACEHOLDER = 0
+"""The token id in the places of vectors: any id, its embedding is replaced."""
 
 
 def splice(
@@ -13,3 +28,46 @@ def splice(
     """
     places_RJC = items_RJT[:, :, : vectors_RJCD.shape[2]]
     return x_MD.at[places_RJC].set(vectors_RJCD.astype(x_MD.dtype), mode="drop")
+
+
+class MixedPrompt:
+    """Builds the token ids around embedding tokens."""
+
+    def __init__(self, prompt: Prompt, config: CompressorConfig) -> None:
+        """Raises InputError if the prompt's suffix is shorter than the compressor's answer tokens."""
+        if len(prompt.suffix_ids) < config.answer_tokens:
+            raise InputError(
+                f"answer_tokens {config.answer_tokens}: the prompt's suffix has only {len(prompt.suffix_ids)} tokens"
+            )
+        self._prompt, self._config = prompt, config
+        self._answer = prompt.suffix_ids[-config.answer_tokens :]
+
+    def longest_item(self, k: int) -> int:
+        """Returns the most tokens of an item with k vectors, these included."""
+        return k + self._config.max_text_tokens + len(self._answer)
+
+    def query_ids(self, query: str) -> list[int]:
+        """Returns what all items of a query share. Raises InputError for an empty query."""
+        return self._prompt.encode_query(query)
+
+    def item_ids(self, ks: Sequence[int], texts: Sequence[str] | None = None) -> list[list[int]]:
+        """Returns the tokens of items with so many vectors each: placeholders, text, answer tokens.
+
+        Args:
+            texts: `text_of` each item where the compressor has `text_fields`.
+
+        Raises:
+            InputError: texts are missing, or there are any and the compressor has no `text_fields`.
+        """
+        fields, most = self._config.text_fields, self._config.max_text_tokens
+        if bool(fields) != (texts is not None) or (texts is not None and len(texts) != len(ks)):
+            raise InputError(f"items' texts: this compressor reads {', '.join(fields) or 'none'} beside the vectors")
+        parts = [ids[:most] for ids in self._prompt.text_ids(texts)] if texts else [[]] * len(ks)
+        return [[PLACEHOLDER] * k + part + self._answer for k, part in zip(ks, parts, strict=True)]
+
+
+def text_of(item: Item, fields: Sequence[str]) -> str:
+    """Returns the fields of an item that stay text, those it has, in one line."""
+    tree = item.model_dump()
+    values = ((tree.get(field) or "").strip() for field in fields)
+    return "; ".join(value for value in values if value)

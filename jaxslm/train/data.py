@@ -10,7 +10,6 @@ trains from the same local files in one process: nothing has to be tokenised bef
 
 import copy
 import hashlib
-import json
 import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
-from jaxslm.prompt import Prompt
+from jaxslm.prompt import Prompt, text_tokenizer
 from jaxslm.train.data_settings import DataSettings, PairSettings, SourceSettings
 from jaxslm.train.lists import ListChooser, RankerLists, TokenList, TokenPair, TokenPairs, read_teacher_scores
 from jaxslm.train.packing import Batch, collate_lists, collate_pairs, fill
@@ -188,11 +186,7 @@ class TextEncoder(Encoder):
 
     def __init__(self, settings: PairSettings, tokenizer_json: str) -> None:
         self._settings = settings
-        tree = json.loads(tokenizer_json) | {"padding": None, "truncation": None}
-        # As in `Prompt`: text is never read as control tokens, whether or not they are marked special.
-        tree["added_tokens"] = [token | {"special": True} for token in tree["added_tokens"]]
-        self._tokenizer = Tokenizer.from_str(json.dumps(tree))
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer = text_tokenizer(tokenizer_json)
 
     def items(self, items: Sequence[Item]) -> list[list[int]]:
         texts = [f"{(item.title or '').strip()}\n{item.text.strip()}".strip() for item in items]
