@@ -1,0 +1,119 @@
+"""Which implementation of an op runs: the one that is named, or the fastest measured one that supports the arguments.
+
+Nothing is chosen in silence: `explain` lists every choice of the process with its reason, and on a GPU the first use of
+XLA for want of a measurement or of support is logged.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import jax
+from jax.typing import DTypeLike
+
+from pallas_kernels import tuning
+
+XLA = "xla"
+MOSAIC_GPU = "mosaic_gpu"
+INTERPRETED = "mosaic_gpu_interpreted"
+"""The kernel on a CPU, slow: memory starts as NaN, and reads and writes that race are found."""
+
+IMPLEMENTATIONS = (XLA, MOSAIC_GPU, INTERPRETED)
+
+Unsupported = Callable[[Mapping[str, int], DTypeLike, Mapping[str, int]], str | None]
+"""(shape, dtype, tiles) -> why a kernel cannot take such arguments on any device, or None if it can."""
+
+_logger = logging.getLogger("pallas_kernels")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs one op on arguments of one shape, and why.
+
+    Attributes:
+        shape: the op's sizes by axis letter. tiles: sizes of the kernel's tiles where they were tuned, else empty.
+    """
+
+    op: str
+    shape: Mapping[str, int]
+    dtype: str
+    device: str
+    implementation: str
+    reason: str
+    tiles: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{axis}={size}" for axis, size in self.shape.items())
+        return f"{self.op} [{sizes}] {self.dtype} on {self.device}: {self.implementation}, {self.reason}"
+
+
+_choices: dict[str, Choice] = {}
+"""By their text. Choices are made while JAX traces, so there are as many as compiled shapes."""
+
+
+def explain() -> list[Choice]:
+    """Returns every choice that this process has made, each once, in order."""
+    return list(_choices.values())
+
+
+def target_device() -> tuple[str, str, int]:
+    """Returns platform ("cpu", "gpu", "tpu"), name and multiprocessors of the device that is being compiled for.
+
+    That is the device of the mesh in scope, so that it is right when a program is compiled for a device that is absent;
+    without a mesh it is JAX's default device. A CPU counts as two multiprocessors, so that tests use a second one.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.platform, abstract.device_kind, abstract.num_cores or 2
+    device = jax.devices()[0]
+    return device.platform, device.device_kind, device.core_count if device.platform == "gpu" else 2
+
+
+def is_hopper(device: str) -> bool:
+    """True for the names of GPUs with wgmma and TMA: compute capability 9.0."""
+    return any(name in device for name in ("H100", "H200", "H800", "GH200"))
+
+
+def choose(
+    op: str, shape: Mapping[str, int], dtype: DTypeLike, unsupported: Unsupported, implementation: str | None
+) -> Choice:
+    """Returns which implementation of `op` runs on arguments of this shape and dtype.
+
+    Args:
+        shape: sizes by axis letter.
+        implementation: one of IMPLEMENTATIONS, or None for the fastest of those measured on this device that takes the
+            arguments. Without a measurement that is XLA.
+
+    Raises:
+        ValueError: an unknown name, or a named kernel that cannot run here; says why.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation {implementation!r}: must be None or one of {', '.join(IMPLEMENTATIONS)}")
+    platform, device, _ = target_device()
+    dtype_name = jax.numpy.dtype(dtype).name
+    row = tuning.nearest(op, device, dtype_name, shape)
+    tiles = row.tiles if row else {}
+    why_not = unsupported(shape, dtype, tiles)
+    if why_not is None and implementation != INTERPRETED and not is_hopper(device):
+        why_not = "needs a Hopper GPU"
+
+    def chosen(name: str, reason: str) -> Choice:
+        return Choice(op, shape, dtype_name, device, name, reason, {} if name == XLA else tiles)
+
+    if implementation is not None:
+        if implementation != XLA and why_not is not None:
+            raise ValueError(f"{chosen(implementation, 'asked for by name')}: {why_not}")
+        return _record(chosen(implementation, "asked for by name"))
+    if row is None:
+        return _record(chosen(XLA, "nothing is measured"), fell_back=platform == "gpu")
+    if row.fastest != XLA and why_not is not None:
+        return _record(chosen(XLA, why_not), fell_back=True)
+    return _record(chosen(row.fastest, "measured fastest"))
+
+
+def _record(choice: Choice, *, fell_back: bool = False) -> Choice:
+    if str(choice) not in _choices:
+        _choices[str(choice)] = choice
+        if fell_back:
+            _logger.warning("%s", choice)
+    return choice

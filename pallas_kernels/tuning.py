@@ -1,0 +1,82 @@
+"""The table of measurements: which implementation of an op was fastest on a device, and with which tiles.
+
+One small JSON file, written by `scripts/tune_kernels.py` on the device itself. Without it, or without a row that is
+near enough, XLA is the default and kernels use their own safe tiles.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+PATH = Path(__file__).with_name("tuning.json")
+MAX_ROWS = 50
+"""A table that one can read: rows stand for the shapes around them, so few are needed."""
+
+NEAR = 2.0
+"""A row serves shapes whose sizes are each within this factor of its own."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        device: its name as JAX gives it. shape: sizes by axis letter. fastest: an implementation of `dispatch`.
+        tiles: the kernel's best tiles. seconds: best time by implementation.
+    """
+
+    op: str
+    device: str
+    dtype: str
+    shape: Mapping[str, int]
+    fastest: str
+    tiles: Mapping[str, int]
+    seconds: Mapping[str, float]
+
+
+@cache
+def table(path: Path = PATH) -> tuple[Row, ...]:
+    """Returns the rows of the file, none if it is absent. Raises ValueError for a file of another form."""
+    if not path.is_file():
+        return ()
+    try:
+        rows = tuple(Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"])
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path}: not a table of kernel measurements ({error}); scripts/tune_kernels.py writes one"
+        ) from error
+    return rows
+
+
+def nearest(
+    op: str, device: str, dtype: str, shape: Mapping[str, int], rows: Sequence[Row] | None = None
+) -> Row | None:
+    """Returns the row of this op, device and dtype whose sizes are nearest in ratio, or None if none is within NEAR.
+
+    Args:
+        rows: the table of the file if None.
+    """
+    found = [
+        (sum(ratios), row)
+        for row in (table() if rows is None else rows)
+        if (row.op, row.device, row.dtype, row.shape.keys()) == (op, device, dtype, shape.keys())
+        and max(ratios := _log_ratios(row.shape, shape)) <= math.log(NEAR)
+    ]
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _log_ratios(a: Mapping[str, int], b: Mapping[str, int]) -> list[float]:
+    """|log(a / b)| by axis; an axis of size 0 is as far as can be from any other."""
+    return [0.0 if a[axis] == b[axis] else abs(math.log(max(a[axis], 1e-9) / max(b[axis], 1e-9))) for axis in a]
+
+
+def write(rows: Sequence[Row], path: Path = PATH) -> None:
+    """Writes the table; raises ValueError for more than MAX_ROWS rows."""
+    if len(rows) > MAX_ROWS:
+        raise ValueError(f"{len(rows)} rows of measurements: at most {MAX_ROWS}, each stands for the shapes around it")
+    text = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    path.write_text(f'{{"rows": [\n{text}\n]}}\n', encoding="utf-8")
+    table.cache_clear()
