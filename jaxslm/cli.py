@@ -96,6 +96,25 @@ def convert(
 
 
 @app.command()
+def export(
+    model: Checkpoint,
+    out: NewPath,
+    file_format: Annotated[Literal["hf"], typer.Option("--format", help="hf: a folder for transformers.")] = "hf",
+    classifier: Annotated[
+        bool, typer.Option("--classifier", help="One score (z_yes - z_no) per row, in place of the vocabulary head.")
+    ] = False,
+) -> None:
+    """Write a checkpoint as a folder that `transformers` loads, with the tokenizer and the prompt in its card.
+
+    Example: jaxslm export --model smollm2 --format hf --out smollm2-hf
+    """
+    from jaxslm.convert.export import export_hf
+
+    del file_format  # there is one
+    _answer(export_hf(model, out, classifier=classifier))
+
+
+@app.command()
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")]) -> None:
     """Show a checkpoint's shape, parameters, cost per token and lineage.
 

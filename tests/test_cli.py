@@ -131,6 +131,7 @@ def test_existing_outputs_are_kept(run: Run, model: Path, tmp_path: Path) -> Non
         ("score", "--model", model, "--input", requests, "--output", existing),
         ("convert", "--from", source, "--out", existing),
         ("eval", "--model", model, "--data", data, "--run-out", existing),
+        ("export", "--model", model, "--out", existing),
     ):
         code, _, stderr = run(*arguments)
         assert code == 2
@@ -156,6 +157,16 @@ def test_convert_inspect_and_score_agree_on_the_model(run: Run, tmp_path: Path) 
     assert "label 'maybe': must be one token" in refused[2]
     assert not (tmp_path / "other").exists()
     assert f"{card['parameters']:,}" in stderr
+
+
+def test_export_and_convert_give_the_weights_back(run: Run, model: Path, tmp_path: Path) -> None:
+    code, made, _ = run("export", "--model", model, "--format", "hf", "--out", tmp_path / "hf")
+    assert code == 0
+    code, back, _ = run("convert", "--from", tmp_path / "hf", "--out", tmp_path / "back")
+    assert code == 0
+    assert made is not None
+    assert back is not None
+    assert made["params_sha256"] == back["params_sha256"]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from jaxslm.checkpoint import save_checkpoint
 from jaxslm.config import ModelConfig, PromptConfig, RankerConfig, RopeScaling
-from jaxslm.convert.hf import NAMES
-from jaxslm.convert.tensors import is_matrix
+from jaxslm.convert.export import hf_config, hf_tensors, write_hf_model
 from jaxslm.model.decoder import Params, abstract_params
 from jaxslm.prompt import Prompt
 
@@ -141,62 +140,18 @@ def tiny_ranker(path: Path, model: ModelConfig | None = None, *, seed: int = 0, 
     return load(tiny_checkpoint(path, model, seed=seed, **prompt))
 
 
-def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """Returns the content of the `config.json` that Hugging Face writes for a model of uniform widths."""
-    (K,), (F,) = set(config.kv_heads_by_layer), set(config.mlp_width_by_layer)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if scaling := config.rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }
-    return {
-        "architectures": ["Qwen3ForCausalLM" if config.family == "qwen3" else "LlamaForCausalLM"],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": F,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": K * config.queries_per_kv,
-        "num_key_value_heads": K,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "torch_dtype": "float32",
-    }
-
-
-def hf_tensors(params: Params) -> dict[str, np.ndarray]:
-    """Returns parameters under Hugging Face's names, linear maps as (out, in)."""
-    tensors = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = tuple(key.key for key in keys)
-        array = np.asarray(leaf)
-        tensors[NAMES.of(path)] = np.ascontiguousarray(array.T if is_matrix(path) else array)
-    return tensors
-
-
 def write_hf_folder(
     folder: Path, config: ModelConfig, tensors: dict[str, np.ndarray] | None = None, *, seed: int = 0, shards: int = 1
 ) -> Path:
     """Writes a Hugging Face folder with the tiny tokenizer, by default of `tiny_params(config, seed)`; returns it."""
     folder.mkdir(parents=True)
     tensors = hf_tensors(tiny_params(config, seed)) if tensors is None else tensors
-    (folder / "config.json").write_text(json.dumps(hf_config(config)))
     (folder / "tokenizer.json").write_text(tiny_tokenizer_json(), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
+        write_hf_model(folder, hf_config(config), tensors)
         return folder
+    (folder / "config.json").write_text(json.dumps(hf_config(config)))
     names = sorted(tensors)
     places = {name: f"model-{1 + number % shards:05}-of-{shards:05}.safetensors" for number, name in enumerate(names)}
     for file in sorted(set(places.values())):

@@ -12,16 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxslm.bench.device import device_name
 from jaxslm.bench.score import Options, Runner, timed
 from jaxslm.bench.workloads import model_named, random_requests, workload_named
-from jaxslm.config import ModelConfig
-from jaxslm.convert.hf import NAMES
-from jaxslm.convert.tensors import is_matrix
+from jaxslm.convert.export import hf_config, hf_tensors, write_hf_model
 from jaxslm.errors import InputError
-from jaxslm.model.decoder import Params
 from jaxslm.progress import console
 
 
@@ -123,7 +119,8 @@ def bench_peers(
     logits = ours()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_hf_folder(folder / "model", config.model, params)
+        (folder / "model").mkdir()
+        write_hf_model(folder / "model", hf_config(config.model), hf_tensors(params))
         np.save(folder / "rows.npy", rows)
         setup = {
             "rows": str(folder / "rows.npy"),
@@ -230,47 +227,3 @@ def _result(
         "versions": about["versions"] | {"jax": jax.__version__},
         "peer_device": about["device"],
     }
-
-
-def write_hf_folder(folder: Path, config: ModelConfig, params: Params) -> None:
-    """Writes config.json and model.safetensors of a model of uniform widths, as transformers reads them.
-
-    Raises:
-        InputError: widths differ between layers, which no Hugging Face config can say.
-    """
-    kv_heads, mlp_widths = set(config.kv_heads_by_layer), set(config.mlp_width_by_layer)
-    if len(kv_heads) != 1 or len(mlp_widths) != 1:
-        raise InputError("peers: widths differ between layers, which transformers cannot load")
-    K = kv_heads.pop()
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if scaling := config.rope_scaling:
-        rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor}
-        rope |= {"high_freq_factor": scaling.high_freq_factor}
-        rope |= {"original_max_position_embeddings": scaling.original_max_positions}
-    foreign = {
-        "architectures": ["Qwen3ForCausalLM" if config.family == "qwen3" else "LlamaForCausalLM"],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": mlp_widths.pop(),
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": K * config.queries_per_kv,
-        "num_key_value_heads": K,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(foreign), encoding="utf-8")
-    tensors = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = tuple(key.key for key in keys)
-        array = np.asarray(leaf)
-        tensors[NAMES.of(path)] = np.ascontiguousarray(array.T if is_matrix(path) else array)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from jaxslm.checkpoint import load_checkpoint
 from jaxslm.config import RopeScaling
 from jaxslm.convert import convert
+from jaxslm.convert.export import hf_config, hf_tensors
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
-from tests.tiny import TINY_CONFIGS, hf_config, hf_tensors, tiny_config, tiny_params, write_hf_folder
+from tests.tiny import TINY_CONFIGS, tiny_config, tiny_params, write_hf_folder
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
