@@ -1,7 +1,7 @@
 """The command line: human text on stderr, one JSON object as the last line of stdout.
 
-Exit codes: 0 done, 2 wrong usage or bad input (one clear line on stderr), 1 anything else. Verbs import what they need
-when they run, so that `--help` is instant.
+Exit codes: 0 done, 2 wrong usage or bad input (one clear line on stderr), 1 anything else (one clear line too where an
+item store cannot be reached). Verbs import what they need when they run, so that `--help` is instant.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jaxslm.errors import InputError
+from jaxslm.items.store import StoreUnavailable
 
 app = typer.Typer(
     add_completion=False,
@@ -33,6 +34,8 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], prog_name="jaxslm", standalone_mode=False) or 0
     except InputError as error:
         code = _fail(str(error))
+    except StoreUnavailable as error:
+        code = _fail(str(error), 1)
     except typer.TyperException as error:
         code = _fail(getattr(error, "format_message", error.__str__)())
     except ModuleNotFoundError as error:
@@ -40,9 +43,9 @@ def main() -> None:
     sys.exit(code)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print("jaxslm: error:", " ".join(message.split()), file=sys.stderr)
-    return 2
+    return code
 
 
 def _keep_compiled_programs() -> None:
@@ -154,6 +157,26 @@ def train(
     _answer(result.to_json())
     if not result.finished:
         raise typer.Exit(130)
+
+
+@app.command()
+def encode(
+    model: Checkpoint,
+    items: Annotated[Path, typer.Option("--items", help="Items to encode: .jsonl or .parquet.")],
+    store: Annotated[str, typer.Option("--store", metavar="URL", help="A folder, lmdb:///FOLDER, or redis://HOST.")],
+    k: Annotated[int, typer.Option("--k", min=1, help="Embedding tokens per item.")] = 8,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "int8", "float8_e4m3"], typer.Option(help="How the values are stored.")
+    ] = "int8",
+) -> None:
+    """Encode items into embedding tokens and keep them in a store; what has not changed since is skipped.
+
+    Example: jaxslm encode --model compressed --items demo/jobs/items.jsonl --store store
+    """
+    from jaxslm.compress.catalogue import encode_file
+
+    _keep_compiled_programs()
+    _answer(encode_file(model, items, store, k=k, dtype=dtype))
 
 
 @app.command()

@@ -1,18 +1,20 @@
 """From a catalogue to the item store: an item is encoded once, and again only when its text or a model changes.
 
-Memory is bounded by two windows of items with their vectors, whatever the size of the catalogue (checking a file takes
-8 bytes an item more). What is in the store when a run stops is not computed again by the next one.
+Items are collected by length until they fill one pass of the encoder, so that passes are full and have little padding
+whatever the order of the catalogue. Memory is bounded by these collections, whatever its size (checking a file takes 8
+bytes an item more). What is in the store when a run stops is not computed again by the next one.
 """
 
 import hashlib
 import json
+import re
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -32,9 +34,11 @@ from jaxslm.items.record import (
 from jaxslm.items.store import Store, open_store, required_key_of
 from jaxslm.progress import console, progress
 
+_ITEMS_AT_ONCE = 256
 _RECORDS_PER_PUT = 256
-_IDS_PER_GET = 512
 _REASONS_KEPT = 50
+
+Result = TypeVar("Result")
 
 
 class ItemEncoder(Protocol):
@@ -45,8 +49,17 @@ class ItemEncoder(Protocol):
         """What its vectors are valid for."""
         ...
 
+    @property
+    def ks(self) -> Sequence[int]:
+        """How many vectors an item may become."""
+        ...
+
     def token_counts(self, items: Sequence[Item]) -> list[int]:
-        """Returns how many tokens it reads of each item. Raises InputError if one cannot be encoded."""
+        """Returns the number of tokens of each item. Raises InputError if one cannot be encoded."""
+        ...
+
+    def pass_shape(self, tokens: int) -> tuple[int, int]:
+        """Returns (rows, length) of the pass that encodes an item of so many tokens; items of one shape share it."""
         ...
 
     def encode(self, items: Sequence[Item], k: int) -> Float[np.ndarray, "B C D"]:
@@ -74,11 +87,16 @@ class Summary:
     def fail(self, item: Item, error: InputError) -> None:
         """Counts an item that cannot be encoded."""
         self.failed += 1
-        reason = str(error)
+        reason = re.sub(r"^item \d+: ", "", str(error))  # its number within a batch
         if reason not in self.reasons and len(self.reasons) >= _REASONS_KEPT:
             reason = "other reasons"
         count, first = self.reasons.get(reason, (0, item.id))
         self.reasons[reason] = (count + 1, first)
+
+    @property
+    def done(self) -> int:
+        """Number of items that need no more work."""
+        return self.encoded + self.unchanged + self.failed
 
     def to_json(self) -> dict[str, Any]:
         """Returns the last line of `jaxslm encode`."""
@@ -135,8 +153,6 @@ def encode_catalogue(
     *,
     k: int,
     dtype: StorageDtype,
-    batch_tokens: int = 16384,
-    window: int = 4096,
     total: int | None = None,
 ) -> Summary:
     """Encodes the items that the store does not have yet and keeps them there; returns what was done.
@@ -146,34 +162,24 @@ def encode_catalogue(
 
     Args:
         items: ids must not repeat (`check_items`): of two texts under one id either may stay.
-        batch_tokens: most tokens of a batch, padding included; an item that is longer makes a batch of its own.
-        window: number of items that are sorted by length together.
         total: number of items, for the progress bar.
 
     Raises:
+        InputError: the encoder was not trained for this k.
         StoreUnavailable: the store fails; what was stored before stays.
     """
-    run = _Run(encoder, store, k, dtype, batch_tokens)
+    if k not in encoder.ks:
+        raise InputError(f"k = {k}: this compressor was trained for {', '.join(map(str, encoder.ks))}")
+    run = _Run(encoder, store, k, dtype)
     start = time.perf_counter()
     stream = iter(items)
-    outdated: list[Item] = []
     with progress() as bar:
         task = bar.add_task("encoding items", total=total)
-
-        def show() -> None:
-            done = run.summary.encoded + run.summary.unchanged + run.summary.failed
+        while chunk := list(islice(stream, _ITEMS_AT_ONCE)):
+            run.add(chunk)
             rate = run.summary.encoded / (time.perf_counter() - start)
-            bar.update(task, completed=done, description=f"encoding items, {rate:.0f}/s")
-
-        while chunk := list(islice(stream, window)):
-            outdated += run.outdated(chunk)
-            show()
-            if len(outdated) >= window:
-                for _ in run.encode(outdated):
-                    show()
-                outdated = []
-        for _ in run.encode(outdated):
-            show()
+            bar.update(task, completed=run.summary.done, description=f"encoding items, {rate:.0f}/s")
+        run.finish()
     run.summary.seconds = time.perf_counter() - start
     return run.summary
 
@@ -183,87 +189,80 @@ def source_sha256(item: Item) -> str:
     return hashlib.sha256(json.dumps([item.title, item.text]).encode()).hexdigest()
 
 
-@dataclass
 class _Run:
-    encoder: ItemEncoder
-    store: Store
-    k: int
-    dtype: StorageDtype
-    batch_tokens: int
-    summary: Summary = field(default_factory=Summary)
+    """Items on their way: collected by shape until a pass is full, then as records until a transaction is."""
 
-    def outdated(self, items: Sequence[Item]) -> list[Item]:
+    def __init__(self, encoder: ItemEncoder, store: Store, k: int, dtype: StorageDtype) -> None:
+        self._encoder, self._store, self._k, self._dtype = encoder, store, k, dtype
+        self._waiting: dict[tuple[int, int], list[Item]] = {}
+        self._records: dict[str, bytes] = {}
+        self.summary = Summary()
+
+    def add(self, items: Sequence[Item]) -> None:
+        """Takes items in; encodes what fills a pass."""
+        outdated = self._outdated(items)
+        for item, tokens in self._each(outdated, self._encoder.token_counts):
+            shape = self._encoder.pass_shape(tokens)
+            self._waiting.setdefault(shape, []).append(item)
+            if len(self._waiting[shape]) == shape[0]:
+                self._encode(self._waiting.pop(shape))
+
+    def finish(self) -> None:
+        """Encodes what still waits and stores it."""
+        for items in self._waiting.values():
+            self._encode(items)
+        self._waiting.clear()
+        self._put()
+
+    def _outdated(self, items: Sequence[Item]) -> list[Item]:
         """Returns the items that must be encoded; counts the others."""
-        found: list[Item] = []
-        for start in range(0, len(items), _IDS_PER_GET):
-            some = items[start : start + _IDS_PER_GET]
-            for item, data in zip(some, self.store.get([item.id for item in some]), strict=True):
-                if data is not None and self._is_current(data, item):
-                    self.summary.unchanged += 1
-                else:
-                    found.append(item)
+        found = []
+        for item, data in zip(items, self._store.get([item.id for item in items]), strict=True):
+            if data is not None and self._is_current(data, item):
+                self.summary.unchanged += 1
+                continue
+            try:
+                required_key_of(item.id)
+                found.append(item)
+            except InputError as error:
+                self.summary.fail(item, error)
         return found
-
-    def encode(self, items: Sequence[Item]) -> Iterator[None]:
-        """Encodes and stores items, longest first; yields after each batch."""
-        by_length = sorted(self._token_counts(items), key=lambda pair: -pair[1])
-        records: dict[str, bytes] = {}
-        for batch in _batches(by_length, self.batch_tokens):
-            for item, vectors in self._encode_batch(batch):
-                try:
-                    required_key_of(item.id)
-                    record = Record(self.encoder.identity, vectors, source_sha256(item))
-                    records[item.id] = pack_record(record, self.dtype)
-                except InputError as error:
-                    self.summary.fail(item, error)
-            if len(records) >= _RECORDS_PER_PUT:
-                self._put(records)
-                records = {}
-            yield
-        self._put(records)
-        yield
 
     def _is_current(self, data: bytes, item: Item) -> bool:
         try:
             header = read_header(data)
         except (CorruptRecord, StaleRecord):
             return False
-        return header == RecordHeader(self.encoder.identity, source_sha256(item), self.dtype, self.k, header.width)
+        current = RecordHeader(self._encoder.identity, source_sha256(item), self._dtype, self._k, header.width)
+        return header == current
 
-    def _token_counts(self, items: Sequence[Item]) -> list[tuple[Item, int]]:
-        """Returns the items that can be encoded with their lengths; counts the others."""
+    def _encode(self, items: Sequence[Item]) -> None:
+        for item, vectors in self._each(items, lambda some: self._encoder.encode(some, self._k)):
+            try:
+                record = Record(self._encoder.identity, vectors, source_sha256(item))
+                self._records[item.id] = pack_record(record, self._dtype)
+            except InputError as error:
+                self.summary.fail(item, error)
+        if len(self._records) >= _RECORDS_PER_PUT:
+            self._put()
+
+    def _put(self) -> None:
+        self._store.put(self._records)
+        self.summary.encoded += len(self._records)
+        self.summary.bytes += sum(map(len, self._records.values()))
+        self._records = {}
+
+    def _each(
+        self, items: Sequence[Item], work: Callable[[Sequence[Item]], Iterable[Result]]
+    ) -> list[tuple[Item, Result]]:
+        """Returns items with what `work` returns for them; those that fail are found by halving, and counted."""
+        if not items:
+            return []
         try:
-            return list(zip(items, self.encoder.token_counts(items), strict=True)) if items else []
+            return list(zip(items, work(items), strict=True))
         except InputError as error:
             if len(items) == 1:
                 self.summary.fail(items[0], error)
                 return []
         half = len(items) // 2
-        return self._token_counts(items[:half]) + self._token_counts(items[half:])
-
-    def _encode_batch(self, items: Sequence[Item]) -> list[tuple[Item, np.ndarray]]:
-        """Returns the items that can be encoded with their vectors; counts the others."""
-        try:
-            return list(zip(items, self.encoder.encode(items, self.k), strict=True))
-        except InputError as error:
-            if len(items) == 1:
-                self.summary.fail(items[0], error)
-                return []
-        half = len(items) // 2
-        return self._encode_batch(items[:half]) + self._encode_batch(items[half:])
-
-    def _put(self, records: dict[str, bytes]) -> None:
-        if records:
-            self.store.put(records)
-            self.summary.encoded += len(records)
-            self.summary.bytes += sum(map(len, records.values()))
-
-
-def _batches(items: Sequence[tuple[Item, int]], batch_tokens: int) -> Iterator[list[Item]]:
-    """Cuts items, longest first, into batches of at most `batch_tokens` with padding, and of one item at least."""
-    start = 0
-    while start < len(items):
-        longest = items[start][1]
-        end = start + max(1, batch_tokens // max(1, longest))
-        yield [item for item, _ in items[start:end]]
-        start = end
+        return self._each(items[:half], work) + self._each(items[half:], work)

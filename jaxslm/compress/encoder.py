@@ -112,6 +112,16 @@ class ItemEncoder:
         """
         return [len(ids) for ids in self._tokenizer(items)]
 
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """How many vectors an item may become."""
+        return self.config.ks
+
+    def pass_shape(self, tokens: int) -> tuple[int, int]:
+        """Returns (rows, length) of the pass that encodes an item of so many tokens."""
+        length = self._lengths[int(np.searchsorted(self._lengths, min(tokens, self.config.max_item_tokens)))]
+        return max(1, self._tokens_per_pass // length), length
+
     def encode(self, items: Sequence[str | Item], k: int) -> Float32[np.ndarray, "n k D"]:
         """Returns the k embedding tokens of each item.
 
