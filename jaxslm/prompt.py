@@ -126,13 +126,14 @@ class Prompt:
         parts = (vars(self.template), self.config.model_dump(), self.label_token_ids)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def encode(self, query: str, items: Sequence[str | Item]) -> EncodedRequest:
+    def encode(self, query: str, items: Sequence[str | Item], max_item_tokens: int | None = None) -> EncodedRequest:
         """Returns the rows of one request; does not depend on how items are grouped into requests.
 
         Args:
             query: the searcher's words. Never cut.
             items: texts, or items whose title stands in front of the text; a title alone counts as text. Only text is
                 cut.
+            max_item_tokens: the most tokens of an item, title and text; what the row has room for if None.
 
         Raises:
             InputError: an empty query, no items, an item without text, or no room for an item's body.
@@ -145,6 +146,8 @@ class Prompt:
         body_ids = self._ids(self._text_tokenizer, bodies, self.template.after_item)
         after_item_ids = self._ids(self._text_tokenizer, [self.template.after_item])[0]
         room = self.config.max_tokens - len(prefix_ids) - len(self.suffix_ids)
+        if max_item_tokens is not None:
+            room = min(room, max_item_tokens + len(after_item_ids))
         room_if_cut = room - len(after_item_ids)
         if room_if_cut < 1:
             raise InputError(
@@ -175,6 +178,15 @@ class Prompt:
         """Returns the ids of each text as it stands in a prompt: behind a space, without any of the prompt's words."""
         return self._ids(self._text_tokenizer, [" " + text.strip() for text in texts])
 
+    def raw_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of whole prompts that others built: control tokens are read as such, nothing is added but
+        what the tokenizer itself puts around a text.
+
+        Raises:
+            InputError: a text with halves of surrogate pairs.
+        """
+        return self._ids(self._tokenizer, texts, add_special_tokens=True)
+
     def _front_and_body(self, number: int, item: str | Item) -> tuple[str, str]:
         title, body = ("", item) if isinstance(item, str) else (item.title or "", item.text)
         title, body = title.strip(), body.strip()
@@ -191,9 +203,13 @@ class Prompt:
         return ids[0]
 
     @staticmethod
-    def _ids(tokenizer: Tokenizer, texts: Sequence[str], after: str = "") -> list[list[int]]:
+    def _ids(
+        tokenizer: Tokenizer, texts: Sequence[str], after: str = "", *, add_special_tokens: bool = False
+    ) -> list[list[int]]:
         try:
-            encodings = tokenizer.encode_batch_fast([text + after for text in texts], add_special_tokens=False)
+            encodings = tokenizer.encode_batch_fast(
+                [text + after for text in texts], add_special_tokens=add_special_tokens
+            )
         except TypeError as error:
             raise InputError("text: must be a string without halves of surrogate pairs") from error
         return [encoding.ids for encoding in encodings]

@@ -204,3 +204,17 @@ def test_rows_equal_the_whole_text_with_smollm2(query: str, title: str | None, t
 @cache
 def smollm2_prompt() -> Prompt:
     return smollm2().prompt
+
+
+def test_items_can_be_cut_shorter_than_the_row_allows() -> None:
+    qwen = prompt()
+    whole = qwen.encode("python", ["a job " * 20, "b"])
+    cut = qwen.encode("python", ["a job " * 20, "b"], max_item_tokens=7)
+    assert cut.truncated == [True, False]
+    assert cut.item_ids == [whole.item_ids[0][:7] + qwen.suffix_ids, whole.item_ids[1]]
+
+
+def test_prompts_that_others_built_keep_their_control_tokens() -> None:
+    qwen = prompt()
+    assert qwen.raw_ids(["<|im_start|>a"])[0][0] == qwen.prefix_ids[0]
+    assert qwen.text_ids(["<|im_start|>a"])[0][0] != qwen.prefix_ids[0]
