@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the one that is named, or the fastest measured one that supports the arguments.
 
-Nothing is chosen in silence: `explain` lists every choice of the process with its reason, and on a GPU the first use of
-XLA for want of a measurement or of support is logged.
+Nothing is chosen in silence: `explain` lists every choice of the process with its reason, and the first time that an op
+falls back to XLA for one reason is logged.
 """
 
 import logging
@@ -89,7 +89,7 @@ def choose(
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation {implementation!r}: must be None or one of {', '.join(IMPLEMENTATIONS)}")
-    platform, device, _ = target_device()
+    _, device, _ = target_device()
     dtype_name = jax.numpy.dtype(dtype).name
     row = tuning.nearest(op, device, dtype_name, shape)
     tiles = row.tiles if row else {}
@@ -105,15 +105,14 @@ def choose(
             raise ValueError(f"{chosen(implementation, 'asked for by name')}: {why_not}")
         return _record(chosen(implementation, "asked for by name"))
     if row is None:
-        return _record(chosen(XLA, "nothing is measured"), fell_back=platform == "gpu")
+        return _record(chosen(XLA, "no kernel is measured"), fell_back=is_hopper(device))
     if row.fastest != XLA and why_not is not None:
         return _record(chosen(XLA, why_not), fell_back=True)
     return _record(chosen(row.fastest, "measured fastest"))
 
 
 def _record(choice: Choice, *, fell_back: bool = False) -> Choice:
-    if str(choice) not in _choices:
-        _choices[str(choice)] = choice
-        if fell_back:
-            _logger.warning("%s", choice)
-    return choice
+    first = all((choice.op, choice.device, choice.reason) != (c.op, c.device, c.reason) for c in _choices.values())
+    if fell_back and first:
+        _logger.warning("%s", choice)
+    return _choices.setdefault(str(choice), choice)

@@ -1,0 +1,129 @@
+"""Which implementation runs: by name, by measurement, and never in silence."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.dispatch import INTERPRETED, MOSAIC_GPU, XLA, choose, explain, target_device
+from pallas_kernels.tuning import Row
+
+H200 = "NVIDIA H200"
+
+
+@pytest.fixture(autouse=True)
+def _no_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_choices", {})
+
+
+@pytest.fixture
+def on_h200() -> Any:
+    device = AbstractDevice(device_kind=H200, num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, *rows: Row) -> None:
+    """Makes `rows` the table of measurements."""
+    monkeypatch.setattr(tuning, "table", lambda: rows)
+
+
+def row(fastest: str, rows: int = 1024, device: str = H200, **tiles: int) -> Row:
+    return Row("op", device, "bfloat16", {"M": rows, "F": 512}, fastest, tiles, {fastest: 1e-3})
+
+
+def supported(shape: Mapping[str, int], dtype: Any, tiles: Mapping[str, int]) -> str | None:
+    return None
+
+
+def pick(implementation: str | None = None, *, rows: int = 1024, unsupported: Any = supported) -> dispatch.Choice:
+    return choose("op", {"M": rows, "F": 512}, "bfloat16", unsupported, implementation)
+
+
+def test_without_a_measurement_xla_runs_and_a_gpu_says_so_once(on_h200: None, caplog: pytest.LogCaptureFixture) -> None:
+    assert [pick(rows=rows).implementation for rows in (1, 2, 2)] == [XLA] * 3
+    assert len(caplog.records) == 1
+    assert [choice.shape["M"] for choice in explain()] == [1, 2]
+    assert all("no kernel is measured" in str(choice) for choice in explain())
+
+
+def test_on_a_cpu_xla_is_no_fall_back(caplog: pytest.LogCaptureFixture) -> None:
+    assert pick().implementation == XLA
+    assert pick().device == jax.devices()[0].device_kind
+    assert not caplog.records
+
+
+def test_the_fastest_measured_one_runs_with_its_tiles(on_h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, row(MOSAIC_GPU, d=64), row(XLA, rows=16))
+    assert (pick().implementation, pick().tiles) == (MOSAIC_GPU, {"d": 64})
+    assert (pick(rows=16).implementation, pick(rows=16).tiles) == (XLA, {})
+    assert pick(MOSAIC_GPU).tiles == {"d": 64}
+    assert pick(XLA).implementation == XLA
+
+
+def test_a_measured_kernel_without_support_falls_back_and_says_why(
+    on_h200: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured(monkeypatch, row(MOSAIC_GPU))
+    choice = pick(unsupported=lambda shape, dtype, tiles: "F is odd")
+    assert choice.implementation == XLA
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "F is odd" in caplog.text
+
+
+def test_a_name_is_that_one_or_an_error_that_says_why_not(on_h200: None) -> None:
+    assert pick(MOSAIC_GPU).implementation == MOSAIC_GPU
+    assert pick(INTERPRETED).implementation == INTERPRETED
+    with pytest.raises(ValueError, match=r"op .*M=1024 F=512.* bfloat16 on NVIDIA H200: .*: F is odd"):
+        pick(MOSAIC_GPU, unsupported=lambda shape, dtype, tiles: "F is odd")
+    with pytest.raises(ValueError, match=r"'triton'.* one of xla, mosaic_gpu"):
+        pick("triton")
+
+
+def test_a_kernel_by_name_needs_its_gpu() -> None:
+    with pytest.raises(ValueError, match="needs a Hopper GPU"):
+        pick(MOSAIC_GPU)
+
+
+def test_the_device_is_that_which_is_compiled_for(on_h200: None) -> None:
+    assert target_device() == ("gpu", H200, 132)
+
+
+def test_rows_serve_the_shapes_around_them() -> None:
+    rows = (row(MOSAIC_GPU, rows=1024), row(XLA, rows=2048), row(MOSAIC_GPU, device="NVIDIA H100", rows=512))
+
+    def nearest(size: int, device: str = H200, dtype: str = "bfloat16") -> int | None:
+        found = tuning.nearest("op", device, dtype, {"M": size, "F": 512}, rows)
+        return found.shape["M"] if found else None
+
+    assert [nearest(size) for size in (512, 1024, 1400, 1500, 4096)] == [1024, 1024, 1024, 2048, 2048]
+    assert [nearest(size) for size in (0, 511, 4097)] == [None] * 3
+    assert nearest(600, device="NVIDIA H100") == 512
+    assert nearest(1024, dtype="float16") is None
+    assert tuning.nearest("op", H200, "bfloat16", {"M": 1024}, rows) is None
+
+
+def test_the_table_comes_back_as_written_and_stays_small(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    assert tuning.table(path) == ()
+    rows = (row(MOSAIC_GPU, d=64), row(XLA, rows=2))
+    tuning.write(rows, path)
+    assert tuning.table(path) == rows
+    with pytest.raises(ValueError, match="at most 50"):
+        tuning.write(rows * 26, path)
+    assert tuning.table(path) == rows
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"rows": [{"op": 1}]}')
+    with pytest.raises(ValueError, match=r"damaged\.json"):
+        tuning.table(damaged)
+
+
+def test_the_table_of_the_package_is_whole() -> None:
+    assert len(tuning.table()) <= tuning.MAX_ROWS
+    assert all(row.fastest in (XLA, MOSAIC_GPU) for row in tuning.table())
