@@ -103,6 +103,7 @@ class Attention(nn.Module):
         if self.has_variable("masks", "keep_kv_groups"):
             keep_K: Array = self.get_variable("masks", "keep_kv_groups").astype(out.dtype)
             out = out * keep_K.reshape((1,) * (out.ndim - 3) + (K, 1, 1))
+        self.sow("intermediates", "heads", out)
         return matmul(out.reshape(*x_read.shape[:-1], K * G * H), w_o)
 
 

@@ -1,0 +1,92 @@
+"""Neurons and KV groups, layer by layer: each layer is pruned on the states that the pruned layers before it make."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxslm.config import ModelConfig
+from jaxslm.model.decoder import Params
+from jaxslm.prune.calibrate import Calibration, embed, gather_statistics, layer_functions
+from jaxslm.prune.criteria import Criterion, Projection, PrunedProjection, prune_projection
+from jaxslm.prune.masks import Masks, keep_all
+
+
+@dataclass(frozen=True)
+class WidthTarget:
+    """What to keep in every layer, all where None, and how to choose it (`jaxslm.prune.criteria`)."""
+
+    mlp_keep: int | None = None
+    kv_groups_keep: int | None = None
+    criterion: Criterion = "osscar"
+    refit: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Relative reconstruction error of a layer's output projections, None where nothing was pruned.
+
+    `dead_neurons`: neurons that are zero on every calibration token; they go first.
+    """
+
+    layer: int
+    attention_error: float | None = None
+    mlp_error: float | None = None
+    dead_neurons: int = 0
+
+
+def prune_widths(
+    config: ModelConfig,
+    params: Params,
+    calibration: Calibration,
+    target: WidthTarget,
+    done: Callable[[LayerReport], None] = lambda report: None,
+) -> tuple[Params, Masks, list[LayerReport]]:
+    """Prunes every layer to the target, in order, KV groups before neurons.
+
+    Args:
+        params: not changed. done: called after each layer.
+
+    Returns:
+        The parameters, their output projections re-fitted, with zero rows for what was removed, in their own dtypes;
+        the masks; a report per layer. `shrink` of these is the smaller model.
+    """
+    states = embed(params, calibration)
+    pruned, masks, reports = dict(params), keep_all(config), []
+    for layer in range(config.num_layers):
+        name, functions, errors, dead = f"layers_{layer}", layer_functions(config, layer), {}, 0
+        for part, matrix, add, size, keep, mask in (
+            ("attention", "o", functions.add_heads, config.queries_per_kv * config.head_dim, target.kv_groups_keep,
+             masks.keep_kv_groups[layer]),
+            ("mlp", "down", functions.add_neurons, 1, target.mlp_keep, masks.keep_neurons[layer]),
+        ):  # fmt: skip
+            if keep is None:
+                continue
+            projection = _projection(add, pruned[name], pruned[name][part][matrix], states, calibration, size)
+            result = prune_projection(projection, target.criterion, keep, refit=target.refit, seed=target.seed + layer)
+            pruned[name] = _with_weight(pruned[name], part, matrix, result)
+            mask[: projection.groups] = result.keep
+            errors[f"{part}_error"] = result.error
+            if part == "mlp":
+                dead = int(np.sum(np.diagonal(projection.gram) == 0))
+        for number, batch in enumerate(calibration.batches()):
+            states[number] = functions.forward(pruned[name], states[number], batch)
+        reports.append(LayerReport(layer, dead_neurons=dead, **errors))
+        done(reports[-1])
+    return pruned, masks, reports
+
+
+def _projection(
+    add: Callable[..., Any], layer: Params, weight: Array, states: list[Array], calibration: Calibration, size: int
+) -> Projection:
+    gram, total = gather_statistics(add, weight.shape[0], layer, states, calibration)
+    return Projection(np.asarray(weight, np.float64), gram, total, calibration.tokens, size)
+
+
+def _with_weight(layer: Params, part: str, matrix: str, result: PrunedProjection) -> Params:
+    weight = jnp.asarray(result.weight, layer[part][matrix].dtype)
+    return layer | {part: layer[part] | {matrix: weight}}
