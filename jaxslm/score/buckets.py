@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from jaxslm.config import Bucket, BucketConfig
+from jaxslm.config import Bucket, BucketConfig, CompressorConfig
 from jaxslm.score.packing import Packer, PackRequest
 
 ITEM_EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -53,6 +53,23 @@ def default_buckets(platform: str) -> BucketConfig:
                 fitting = sorted({fitting[-1], max(fitting[-1], 2 * sizes[-1])})
             buckets += [make_bucket(size, prefix, item, shorter) for size in fitting]
     return BucketConfig(buckets=tuple(buckets), overhead_tokens=32 if platform == "cpu" else 512)
+
+
+def with_vectors(config: BucketConfig, platform: str, compressor: CompressorConfig) -> BucketConfig:
+    """Returns the configuration with shapes for items of embedding tokens added, for each k of the compressor.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+    """
+    sizes = (128, 256, 512, 1024) if platform == "cpu" else (512, 2048, 8192)
+    buckets = list(config.buckets)
+    for k in compressor.ks:
+        shortest = k + compressor.answer_tokens
+        item = shortest + compressor.max_text_tokens
+        for prefix in PREFIX_EDGES:
+            fitting = [size for size in sizes if size >= item + prefix] or [item + prefix]
+            buckets += [make_bucket(size, prefix, item, shortest, vectors_per_item=k) for size in fitting]
+    return config.model_copy(update={"buckets": tuple(buckets)})
 
 
 def fit_buckets(

@@ -15,11 +15,13 @@ from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.prompt import EncodedRequest
+from jaxslm.score.buckets import default_buckets, with_vectors
 from jaxslm.score.compiled import CompiledScorer, compute_dtype, make_score_fn
+from jaxslm.score.compressed import VectorRequest, Vectors, VectorScorer
 from jaxslm.score.packing import PackRequest
 from jaxslm.score.warmup import warm_up
 
-__all__ = ["Ranker", "Scores", "compute_dtype", "load", "make_score_fn"]
+__all__ = ["Ranker", "Scores", "VectorRequest", "compute_dtype", "load", "make_score_fn"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,12 @@ class Ranker:
         self.manifest = checkpoint.manifest
         self.config = checkpoint.config
         self.prompt = checkpoint.prompt
+        compressor = self.manifest.compressor
+        if buckets is None and compressor is not None:
+            platform = devices[0].platform if devices else jax.default_backend()
+            buckets = with_vectors(default_buckets(platform), platform, compressor)
         self.scorer = CompiledScorer(self.config, checkpoint.params, dtype=dtype, devices=devices, buckets=buckets)
+        self._vectors = VectorScorer(self.scorer, self.prompt, compressor) if compressor is not None else None
 
     @property
     def params(self) -> Params:
@@ -96,6 +103,24 @@ class Ranker:
         ends = np.cumsum([len(request.item_ids) for request in requests])
         parts = np.split(logits, ends[:-1])
         return [Scores(part, request.truncated) for part, request in zip(parts, requests, strict=True)]
+
+    def score_vectors(self, query: str, vectors: Vectors, texts: Sequence[str] | None = None) -> Scores:
+        """Returns the scores of items that are given as embedding tokens, [C, D] each.
+
+        Args:
+            vectors: from the compressor of this very checkpoint; `jaxslm.items.lookup` refuses others.
+            texts: what stays text beside them, for compressors that have `text_fields`.
+
+        Raises:
+            InputError: as `VectorScorer.logits`, or the checkpoint has no compressor.
+        """
+        return self.score_vectors_many([VectorRequest(query, vectors, texts)])[0]
+
+    def score_vectors_many(self, requests: Sequence[VectorRequest]) -> list[Scores]:
+        """Returns the scores of several requests, which share forward passes; raises as `score_vectors`."""
+        if self._vectors is None:
+            raise InputError("this ranker reads no embedding tokens: `jaxslm train compressor` makes one that does")
+        return [Scores(logits, [False] * len(logits)) for logits in self._vectors.logits(requests)]
 
     def label_logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Returns the last token's logits of (no, yes) for rows of token ids, float32 [rows, 2]; adds no template.

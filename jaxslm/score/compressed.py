@@ -1,0 +1,83 @@
+"""Scoring items by their embedding tokens: from vectors of any numbers per item to packed requests and back."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from jaxslm.compress.splice import MixedPrompt
+from jaxslm.config import CompressorConfig
+from jaxslm.errors import InputError
+from jaxslm.prompt import Prompt
+from jaxslm.score.compiled import CompiledScorer
+from jaxslm.score.packing import PackRequest
+
+Vectors = Sequence[Float[np.ndarray, "_ _"]] | Float[np.ndarray, "J C D"]
+"""The embedding tokens of each item, [C, D]; C may differ between items."""
+
+
+@dataclass(frozen=True)
+class VectorRequest:
+    """A query with items as embedding tokens.
+
+    Attributes:
+        vectors: per item [C, D].
+        texts: per item what stays text beside them (`jaxslm.compress.splice.text_of`), for compressors that want it.
+    """
+
+    query: str
+    vectors: Vectors
+    texts: Sequence[str] | None = None
+
+
+class VectorScorer:
+    """Scores vectors with a compiled scorer whose buckets have room for them."""
+
+    def __init__(self, scorer: CompiledScorer, prompt: Prompt, config: CompressorConfig) -> None:
+        """Args: scorer, prompt: the ranker's. config: of the compressor that the ranker was trained with."""
+        self._scorer, self._config = scorer, config
+        self._mixed = MixedPrompt(prompt, config)
+        self._max_tokens = prompt.config.max_tokens
+
+    def logits(self, requests: Sequence[VectorRequest]) -> list[Float32[np.ndarray, "J 2"]]:
+        """Returns the logits of (no, yes) of each request's items; requests share forward passes.
+
+        Raises:
+            InputError: an empty query, no items, vectors of another width or of a number that was not trained,
+                missing texts, or a row beyond the prompt's `max_tokens`.
+        """
+        answers = [np.empty((len(request.vectors), 2), np.float32) for request in requests]
+        packed: dict[int, list[tuple[int, list[int], PackRequest]]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            ks = self._checked_ks(request)
+            prefix, items = self._mixed.query_ids(request.query), self._mixed.item_ids(ks, request.texts)
+            if len(prefix) + max(map(len, items)) > self._max_tokens:
+                raise InputError(
+                    f"query: {len(prefix)} tokens with the prompt's words leave no room for an item in a row of"
+                    f" max_tokens = {self._max_tokens}"
+                )
+            for k in sorted(set(ks)):
+                places = [place for place, each in enumerate(ks) if each == k]
+                vectors = np.stack([np.asarray(request.vectors[place], np.float32) for place in places])
+                packed[k].append((number, places, PackRequest(prefix, [items[place] for place in places], vectors)))
+        for group in packed.values():  # a forward pass has one number of vectors per item
+            logits = self._scorer.logits([pack for _, _, pack in group])
+            ends = np.cumsum([len(places) for _, places, _ in group])
+            for (number, places, _), part in zip(group, np.split(logits, ends[:-1]), strict=True):
+                answers[number][places] = part
+        return answers
+
+    def _checked_ks(self, request: VectorRequest) -> list[int]:
+        if not len(request.vectors):
+            raise InputError("items: a request needs at least one")
+        for number, vectors in enumerate(request.vectors):
+            if vectors.ndim != 2 or vectors.shape[1] != self._config.width:
+                raise InputError(
+                    f"item {number}: vectors {list(vectors.shape)}, the ranker reads width {self._config.width}"
+                )
+            if len(vectors) not in self._config.ks:
+                known = ", ".join(map(str, self._config.ks))
+                raise InputError(f"item {number}: {len(vectors)} vectors, the compressor was trained for {known}")
+        return [len(vectors) for vectors in request.vectors]
