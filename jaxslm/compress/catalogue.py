@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -41,6 +41,7 @@ _REASONS_KEPT = 50
 Result = TypeVar("Result")
 
 
+@runtime_checkable
 class ItemEncoder(Protocol):
     """What makes vectors of items; `jaxslm.compress.encoder.load_encoder` returns one."""
 
