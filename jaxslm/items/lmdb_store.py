@@ -52,7 +52,6 @@ class LmdbStore(Store):
         except (lmdb.Error, OSError) as error:
             raise StoreUnavailable(f"store {path}: {error}") from None
         try:
-            self._env.reader_check()  # frees the slots of readers that were killed
             if not read_only and self._env.stat()["entries"] > 2:
                 raise InputError(f"store {path}: an LMDB folder of something else")
             self._page_bytes = self._env.stat()["psize"]
@@ -134,18 +133,26 @@ class LmdbStore(Store):
         return head + transaction.get(key, b"", db=self._tails)
 
     def _run(self, work: Callable[[Any], Result], *, write: bool = False) -> Result:
-        """Returns what `work` returns; runs it again if the map was too small or another process made it larger."""
+        """Returns what `work` returns; runs it again after the map was too small or all readers' slots were taken."""
         while True:
             try:
                 map_bytes = self._env.info()["map_size"]
                 with self._gate.transaction(), self._env.begin(write=write) as transaction:
                     return work(transaction)
             except lmdb.MapFullError:
-                self._resize(map_bytes, 2 * map_bytes)
+                if not self._free_slots():
+                    self._resize(map_bytes, 2 * map_bytes)
             except lmdb.MapResizedError:
                 self._resize(map_bytes, 0)
+            except lmdb.ReadersFullError as error:
+                if not self._free_slots():
+                    raise StoreUnavailable(f"store {self.url}: {error}") from None
             except lmdb.Error as error:
                 raise StoreUnavailable(f"store {self.url}: {error}") from None
+
+    def _free_slots(self) -> int:
+        """Returns how many readers were killed since the last call: they kept their slots and the pages they read."""
+        return int(self._env.reader_check())
 
     def _resize(self, map_bytes: int, new_bytes: int) -> None:
         """Sets the map's size, 0 for what the file says, unless another thread has done it since."""

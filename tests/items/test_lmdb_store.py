@@ -112,8 +112,7 @@ def test_a_killed_writer_loses_its_transaction_and_blocks_nobody(tmp_path: Path)
             store.put({"other": b"1"})
 
 
-def test_killed_readers_do_not_make_the_file_grow(tmp_path: Path) -> None:
-    stuck = """
+STUCK_READER = """
 import sys, time
 from jaxslm.items.store import open_store
 store = open_store(sys.argv[1], read_only=True)
@@ -121,17 +120,34 @@ with store._env.begin():
     print("open", flush=True)
     time.sleep(60)
 """
-    with open_store(str(tmp_path)) as store:
-        store.put({f"item-{n}": os.urandom(9000) for n in range(50)})
-    reader = start(stuck, tmp_path)
+
+
+def kill_reader(path: Path) -> None:
+    """Starts a process that reads, and kills it in the middle."""
+    reader = start(STUCK_READER, path)
     assert reader.stdout is not None
     assert reader.stdout.readline() == "open\n"
     reader.kill()
     reader.communicate()
+
+
+def test_killed_readers_do_not_make_the_file_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmdb_store, "_FIRST_MAP_BYTES", 1 << 22)
     with open_store(str(tmp_path)) as store:
+        store.put({f"item-{n}": os.urandom(9000) for n in range(50)})
+        kill_reader(tmp_path)
         for _ in range(20):
             store.put({f"item-{n}": os.urandom(9000) for n in range(50)})
-        assert file_bytes(store) < 5 * 50 * 9000
+        assert file_bytes(store) <= 1 << 22
+
+
+def test_killed_readers_give_their_slots_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmdb_store, "_MAX_READERS", 2)
+    with open_store(str(tmp_path)) as store:
+        store.put({"a": b"1"})
+        for _ in range(2):
+            kill_reader(tmp_path)
+        assert store.get(["a"]) == [b"1"]
 
 
 def test_a_full_disk_is_one_error_and_what_was_there_stays(tmp_path: Path) -> None:
