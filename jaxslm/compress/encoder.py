@@ -104,6 +104,12 @@ class ItemEncoder:
         self._params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self._dtype), params["encoder"])
         self._projector = params["projector"]
 
+    def warm_up(self) -> None:
+        """Compiles every length, so that no later call does."""
+        k = max(self.config.ks)
+        for length in self._lengths:
+            self._passes([[0] * length], k, self.config.width, self._vectors)
+
     def token_counts(self, items: Sequence[str | Item]) -> list[int]:
         """Returns the tokens of each item; of those beyond `config.max_item_tokens` the encoder reads nothing.
 

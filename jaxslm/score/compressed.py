@@ -41,6 +41,11 @@ class VectorScorer:
         self._mixed = MixedPrompt(prompt, config)
         self._max_tokens = prompt.config.max_tokens
 
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the compressor wants text beside an item's vectors."""
+        return bool(self._config.text_fields)
+
     def logits(self, requests: Sequence[VectorRequest]) -> list[Float32[np.ndarray, "J 2"]]:
         """Returns the logits of (no, yes) of each request's items; requests share forward passes.
 
@@ -51,23 +56,34 @@ class VectorScorer:
         answers = [np.empty((len(request.vectors), 2), np.float32) for request in requests]
         packed: dict[int, list[tuple[int, list[int], PackRequest]]] = defaultdict(list)
         for number, request in enumerate(requests):
-            ks = self._checked_ks(request)
-            prefix, items = self._mixed.query_ids(request.query), self._mixed.item_ids(ks, request.texts)
-            if len(prefix) + max(map(len, items)) > self._max_tokens:
-                raise InputError(
-                    f"query: {len(prefix)} tokens with the prompt's words leave no room for an item in a row of"
-                    f" max_tokens = {self._max_tokens}"
-                )
-            for k in sorted(set(ks)):
-                places = [place for place, each in enumerate(ks) if each == k]
-                vectors = np.stack([np.asarray(request.vectors[place], np.float32) for place in places])
-                packed[k].append((number, places, PackRequest(prefix, [items[place] for place in places], vectors)))
+            for places, part in self.pack(request):
+                packed[part.vectors_per_item].append((number, places, part))
         for group in packed.values():  # a forward pass has one number of vectors per item
             logits = self._scorer.logits([pack for _, _, pack in group])
             ends = np.cumsum([len(places) for _, places, _ in group])
-            for (number, places, _), part in zip(group, np.split(logits, ends[:-1]), strict=True):
-                answers[number][places] = part
+            for (number, places, _), values in zip(group, np.split(logits, ends[:-1]), strict=True):
+                answers[number][places] = values
         return answers
+
+    def pack(self, request: VectorRequest) -> list[tuple[list[int], PackRequest]]:
+        """Returns a request in token ids, one part for each number of vectors, with the places of its items.
+
+        Raises:
+            InputError: as `logits`.
+        """
+        ks = self._checked_ks(request)
+        prefix, items = self._mixed.query_ids(request.query), self._mixed.item_ids(ks, request.texts)
+        if len(prefix) + max(map(len, items)) > self._max_tokens:
+            raise InputError(
+                f"query: {len(prefix)} tokens with the prompt's words leave no room for an item in a row of"
+                f" max_tokens = {self._max_tokens}"
+            )
+        parts = []
+        for k in sorted(set(ks)):
+            places = [place for place, each in enumerate(ks) if each == k]
+            vectors = np.stack([np.asarray(request.vectors[place], np.float32) for place in places])
+            parts.append((places, PackRequest(prefix, [items[place] for place in places], vectors)))
+        return parts
 
     def _checked_ks(self, request: VectorRequest) -> list[int]:
         if not len(request.vectors):

@@ -33,6 +33,11 @@ class PackRequest:
     item_ids: Sequence[Sequence[int]]
     vectors: Float[np.ndarray, "J C D"] | None = None
 
+    @property
+    def vectors_per_item(self) -> int:
+        """C, 0 without vectors."""
+        return 0 if self.vectors is None else self.vectors.shape[1]
+
 
 @dataclass(frozen=True)
 class Forward:

@@ -61,7 +61,7 @@ class Ranker:
             platform = devices[0].platform if devices else jax.default_backend()
             buckets = with_vectors(default_buckets(platform), platform, compressor)
         self.scorer = CompiledScorer(self.config, checkpoint.params, dtype=dtype, devices=devices, buckets=buckets)
-        self._vectors = VectorScorer(self.scorer, self.prompt, compressor) if compressor is not None else None
+        self.vector_scorer = VectorScorer(self.scorer, self.prompt, compressor) if compressor is not None else None
 
     @property
     def params(self) -> Params:
@@ -118,9 +118,9 @@ class Ranker:
 
     def score_vectors_many(self, requests: Sequence[VectorRequest]) -> list[Scores]:
         """Returns the scores of several requests, which share forward passes; raises as `score_vectors`."""
-        if self._vectors is None:
+        if self.vector_scorer is None:
             raise InputError("this ranker reads no embedding tokens: `jaxslm train compressor` makes one that does")
-        return [Scores(logits, [False] * len(logits)) for logits in self._vectors.logits(requests)]
+        return [Scores(logits, [False] * len(logits)) for logits in self.vector_scorer.logits(requests)]
 
     def label_logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Returns the last token's logits of (no, yes) for rows of token ids, float32 [rows, 2]; adds no template.
