@@ -1,0 +1,347 @@
+"""From waiting requests to forward passes: one thread packs and dispatches, one waits for results.
+
+Requests wait whole, ordered by deadline. A pass takes as many of the first one's items as fit and goes on with the
+next request, so that neither a large request blocks small ones nor a small one wastes a pass. A fixed number of batches
+is queued ahead, so that the device never waits for the host.
+"""
+
+import heapq
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import count
+from queue import SimpleQueue
+
+import numpy as np
+from jax import Array
+from jaxtyping import Float32, Int
+
+from jaxslm.errors import InputError
+from jaxslm.score.compiled import CompiledScorer
+from jaxslm.score.packing import Forward, PackRequest
+from jaxslm.serve.metrics import Metrics
+
+QUEUED_AHEAD = 2
+"""Batches on the device or queued for it: while one is computed the next is ready."""
+
+logger = logging.getLogger(__name__)
+
+
+class DeadlineError(Exception):
+    """A request's time was over before its items were scored."""
+
+
+class DeviceError(Exception):
+    """The device, or the thread that feeds it, raised an error. The log holds it; callers see this alone."""
+
+
+class Job:
+    """One request's items on their way through the device.
+
+    Attributes:
+        future: becomes the logits of (no, yes), float32 [J, 2], in the order given.
+        submitted, started, finished: `time.monotonic()` in seconds; the latter two None until then.
+    """
+
+    def __init__(self, request: PackRequest, deadline: float) -> None:
+        self.request = request
+        self.deadline = deadline
+        lengths = np.fromiter(map(len, request.item_ids), np.int64, len(request.item_ids))
+        # Longest first, as the packer wants them: the items of a pass are of like length.
+        self.order = np.argsort(-lengths, kind="stable")
+        self.totals = np.cumsum(lengths[self.order])
+        self.taken, self.left = 0, len(lengths)
+        self.logits = np.empty((len(lengths), 2), np.float32)
+        self.future: Future[Float32[np.ndarray, "J 2"]] = Future()
+        # From now on cancelling the future from outside has no effect: `Batcher.drop` is the way.
+        self.future.set_running_or_notify_cancel()
+        self.dropped = False
+        self.submitted = time.monotonic()
+        self.started: float | None = None
+        self.finished: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that still wait, the prefix once."""
+        if self.taken == len(self.order):
+            return 0
+        return len(self.request.prefix_ids) + int(self.totals[-1]) - self._tokens_taken
+
+    @property
+    def _tokens_taken(self) -> int:
+        return int(self.totals[self.taken - 1]) if self.taken else 0
+
+    def fitting(self, tokens: int) -> int:
+        """Returns how many of the next items fit with their prefix into so many tokens."""
+        limit = self._tokens_taken + tokens - len(self.request.prefix_ids)
+        return max(0, int(self.totals.searchsorted(limit, side="right")) - self.taken)
+
+    def worthwhile(self, number: int) -> bool:
+        """Whether the next items are worth a repetition of the prefix for those after them."""
+        last = self.taken + number
+        if not number or last == len(self.order):
+            return bool(number)
+        return int(self.totals[last - 1]) - self._tokens_taken >= len(self.request.prefix_ids)
+
+    def take(self, number: int) -> "_Slice":
+        """Returns the next items, which no longer wait."""
+        part = _Slice(self, self.order[self.taken : self.taken + number])
+        self.taken += number
+        self.started = self.started or time.monotonic()
+        return part
+
+    def fail(self, error: Exception) -> None:
+        """Ends the job with an error, unless it has ended."""
+        self.dropped = True
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Items of a job that a batch holds: their places among the job's items."""
+
+    job: Job
+    places: Int[np.ndarray, " n"]
+
+    @property
+    def request(self) -> PackRequest:
+        whole = self.job.request
+        vectors = None if whole.vectors is None else whole.vectors[self.places]
+        return PackRequest(whole.prefix_ids, [whole.item_ids[place] for place in self.places], vectors)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Slices on the device, and the passes that hold them."""
+
+    slices: Sequence[_Slice]
+    passes: Sequence[tuple[Sequence[Forward], Array]]
+    dispatched: float
+
+    @property
+    def num_items(self) -> int:
+        return sum(len(part.places) for part in self.slices)
+
+
+class Batcher:
+    """The queue in front of a compiled scorer. Safe for threads; `start` before use, `stop` at the end."""
+
+    def __init__(self, scorer: CompiledScorer, metrics: Metrics, max_batch_tokens: int, max_wait_s: float) -> None:
+        self.scorer = scorer
+        self.metrics = metrics
+        self.max_batch_tokens = max_batch_tokens
+        self.max_wait_s = max_wait_s
+        self.tokens_per_s: float | None = None
+        self.error: str | None = None
+        self._heaps: dict[int, list[tuple[float, int, Job]]] = {}
+        self._numbers = count()
+        self._queued_tokens = 0
+        self._waiting_since = 0.0
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._slots = threading.Semaphore(QUEUED_AHEAD)
+        self._in_flight: SimpleQueue[_Batch | None] = SimpleQueue()
+        self._running: deque[_Batch] = deque()
+        self._last_finished = time.monotonic()
+        self._threads = [
+            threading.Thread(target=self._schedule, name="scheduler", daemon=True),
+            threading.Thread(target=self._collect, name="collector", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Starts the two threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Scores what waits, then ends the threads."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def submit(self, request: PackRequest, deadline: float) -> Job:
+        """Queues a request; its `future` gets the logits, or DeadlineError, DeviceError or InputError.
+
+        Args:
+            deadline: `time.monotonic()` by which it must be on the device.
+        """
+        job = Job(request, deadline)
+        with self._changed:
+            if not self._queued_tokens:
+                self._waiting_since = job.submitted
+            heapq.heappush(self._heaps.setdefault(request.vectors_per_item, []), (deadline, next(self._numbers), job))
+            self._queued_tokens += job.tokens
+            self._changed.notify_all()
+        return job
+
+    def drop(self, job: Job) -> None:
+        """Takes a job's items out of the queue; what is on the device already is computed and forgotten."""
+        with self._changed:
+            if not job.dropped:
+                job.dropped = True
+                self._queued_tokens -= job.tokens
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait for the device."""
+        return self._queued_tokens
+
+    @property
+    def running_batches(self) -> int:
+        """Batches on the device or queued for it."""
+        return len(self._running)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the device last finished something; 0 while it has work."""
+        return 0.0 if self._running or self._queued_tokens else time.monotonic() - self._last_finished
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds that the device has been busy with the same batch; 0 if it has none."""
+        running = next(iter(self._running.copy()), None)
+        return 0.0 if running is None else time.monotonic() - max(running.dispatched, self._last_finished)
+
+    def wait_s(self, tokens: int) -> float:
+        """Returns how long so many more tokens would take to be scored, by the speed of late; 0 before it is known."""
+        running = self._running.copy()
+        ahead = sum(forward.real_tokens for batch in running for group, _ in batch.passes for forward in group)
+        return (ahead + self._queued_tokens + tokens) / self.tokens_per_s if self.tokens_per_s else 0.0
+
+    def _schedule(self) -> None:
+        while True:
+            self._slots.acquire()
+            slices = self._next_slices()
+            if slices is None:
+                self._in_flight.put(None)
+                return
+            self._launch(slices)
+
+    def _launch(self, slices: Sequence[_Slice]) -> None:
+        """Packs and dispatches a batch, for which a slot is held; jobs of one that cannot be packed go alone."""
+        try:
+            groups = self.scorer.packer.pack([part.request for part in slices], len(self.scorer.devices))
+            passes = [(group, self.scorer.dispatch(group)) for group in groups]
+        except InputError as error:
+            self._slots.release()
+            if len(slices) == 1:
+                self._end(slices, error)
+            else:
+                for part in slices:
+                    self._slots.acquire()
+                    self._launch([part])
+        except Exception as error:  # whatever the device raises must not end this thread
+            self._slots.release()
+            self._device_failed(slices, error)
+        else:
+            batch = _Batch(slices, passes, time.monotonic())
+            self._running.append(batch)
+            self._in_flight.put(batch)
+
+    def _next_slices(self) -> list[_Slice] | None:
+        """Waits until a batch is full or has waited long enough and returns it; None when stopped and empty."""
+        with self._changed:
+            while True:
+                self._forget_ended()
+                heaps = [heap for heap in self._heaps.values() if heap]
+                if not heaps:
+                    if self._stopping:
+                        return None
+                    self._changed.wait()
+                    continue
+                patience = self._waiting_since + self.max_wait_s - time.monotonic()
+                if patience <= 0 or self._stopping or self._queued_tokens >= self.max_batch_tokens:
+                    return self._take(min(heaps, key=lambda heap: heap[0][0]))
+                self._changed.wait(patience)
+
+    def _forget_ended(self) -> None:
+        """Removes dropped and late jobs from the heads of the heaps."""
+        now = time.monotonic()
+        for heap in self._heaps.values():
+            while heap and (heap[0][2].dropped or heap[0][0] <= now):
+                job = heapq.heappop(heap)[2]
+                if not job.dropped:
+                    self._queued_tokens -= job.tokens
+                    job.fail(DeadlineError())
+
+    def _take(self, heap: list[tuple[float, int, Job]]) -> list[_Slice]:
+        """Removes the next batch from a heap: items of the most urgent requests, as many as fit."""
+        slices: list[_Slice] = []
+        budget = self.max_batch_tokens
+        while heap:
+            job = heap[0][2]
+            if job.dropped:
+                heapq.heappop(heap)
+                continue
+            number = job.fitting(budget)
+            if slices and not job.worthwhile(number):
+                break
+            waiting = job.tokens
+            slices.append(job.take(max(1, number)))
+            self._queued_tokens -= waiting - job.tokens
+            if job.tokens:  # more of it than fits: the batch is full
+                break
+            budget -= waiting
+            heapq.heappop(heap)
+        return slices
+
+    def _end(self, slices: Sequence[_Slice], error: Exception) -> None:
+        with self._changed:
+            for part in slices:
+                self._queued_tokens -= 0 if part.job.dropped else part.job.tokens
+                part.job.fail(error)
+
+    def _device_failed(self, slices: Sequence[_Slice], error: Exception) -> None:
+        logger.error("device failed", exc_info=error)
+        self.error = type(error).__name__
+        self._end(slices, DeviceError())
+
+    def _collect(self) -> None:
+        while (batch := self._in_flight.get()) is not None:
+            try:
+                logits = np.empty((batch.num_items, 2), np.float32)
+                for group, result in batch.passes:
+                    self.scorer.collect(group, result, logits)
+            except Exception as error:  # whatever the device raises must not end this thread
+                self._device_failed(batch.slices, error)
+            else:
+                self.error = None
+                self._deliver(batch, logits)
+            finally:
+                self._running.popleft()
+                self._slots.release()
+
+    def _deliver(self, batch: _Batch, logits: Float32[np.ndarray, "n 2"]) -> None:
+        """Hands a batch's logits to its jobs and counts what it cost."""
+        now = time.monotonic()
+        busy_s = now - max(batch.dispatched, self._last_finished)
+        self._last_finished = now
+        ends = np.cumsum([len(part.places) for part in batch.slices])
+        for part, values in zip(batch.slices, np.split(logits, ends[:-1]), strict=True):
+            job = part.job
+            job.logits[part.places] = values
+            job.left -= len(part.places)
+            if not job.left and not job.future.done():
+                job.finished = now
+                job.future.set_result(job.logits)
+        forwards = [forward for group, _ in batch.passes for forward in group]
+        real = sum(forward.real_tokens for forward in forwards)
+        if busy_s > 0:
+            # Follows the speed slowly, as passes differ in shape; a small pass says little about a full one.
+            weight = 1.0 if self.tokens_per_s is None else 0.2 * min(1.0, real / self.max_batch_tokens)
+            self.tokens_per_s = weight * real / busy_s + (1 - weight) * (self.tokens_per_s or 0.0)
+        self.metrics.items.inc(batch.num_items)
+        self.metrics.tokens.inc(real)
+        for forward in forwards:
+            bucket = forward.bucket
+            self.metrics.places.inc(bucket.tokens)
+            self.metrics.padding.observe(1 - forward.real_tokens / bucket.tokens)
+            name = f"{bucket.tokens}x{bucket.prefix_tokens}+{bucket.item_tokens}v{bucket.vectors_per_item}"
+            self.metrics.passes.labels(name).inc()

@@ -1,0 +1,50 @@
+"""Refusals: every one has the same body, in the words of SGLang's, which Cohere's clients read too."""
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+
+class ApiError(Exception):
+    """A request that is refused.
+
+    Attributes:
+        status: HTTP status. kind: short name of the reason, for programs. message: for people; names field and rule.
+        param: the field at fault, if one is. retry_after_s: when to come back, if that helps.
+    """
+
+    def __init__(
+        self, status: int, kind: str, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message, self.param = status, kind, message, param
+        self.retry_after_s = retry_after_s
+
+
+def invalid(message: str, param: str | None = None) -> ApiError:
+    """Returns a refusal of a request that breaks a rule: 400."""
+    return ApiError(400, "invalid_request", message, param=param)
+
+
+def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
+    """Returns the one error body."""
+    return {
+        "object": "error",
+        "message": error.message,
+        "type": error.kind,
+        "param": error.param,
+        "code": error.status,
+        "id": request_id,
+    }
+
+
+def error_response(error: ApiError, request_id: str, headers: dict[str, str] | None = None) -> Response:
+    """Returns the HTTP response of a refusal."""
+    headers = dict(headers or {})
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    content = json.dumps(error_body(error, request_id))
+    return Response(content, error.status, headers, media_type="application/json")

@@ -1,0 +1,366 @@
+"""From a request's body to rows of tokens for the device: what runs in a thread pool, off the event loop."""
+
+import base64
+import binascii
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float, Float32
+
+from jaxslm.data_files import Item
+from jaxslm.score.compressed import VectorRequest
+from jaxslm.score.packing import PackRequest
+from jaxslm.score.scorer import Ranker
+from jaxslm.serve.cache import CachedScore, ScoreCache, score_key
+from jaxslm.serve.catalogue import Catalogue
+from jaxslm.serve.errors import ApiError, invalid
+from jaxslm.serve.metrics import Metrics
+from jaxslm.serve.schemas import EmbeddingArray, ItemStatus, OnMiss, ScoreRequest
+
+_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass
+class Prepared:
+    """A request with its rows, and the place of each item's score.
+
+    Attributes:
+        logits: of (no, yes), [J, 2]; NaN where no score is known yet, or ever.
+        status, truncated, tokens: per item; tokens without those of the shared prefix.
+        prefix_tokens: of the prefix that items share.
+        work: what the device has to score, with the places of its items.
+        keys: under which names the score cache keeps the places that are scored now.
+    """
+
+    logits: Float32[np.ndarray, "J 2"]
+    status: list[ItemStatus]
+    truncated: list[bool]
+    tokens: np.ndarray
+    prefix_tokens: int = 0
+    work: list[tuple[PackRequest, list[int]]] = field(default_factory=list)
+    keys: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, num_items: int) -> "Prepared":
+        """Returns a request of so many items of text of which nothing is known."""
+        logits = np.full((num_items, 2), np.nan, np.float32)
+        return cls(logits, ["text"] * num_items, [False] * num_items, np.zeros(num_items, np.int64))
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of the request, the shared prefix once."""
+        return self.prefix_tokens + int(self.tokens.sum())
+
+    def add(self, request: PackRequest, places: list[int]) -> None:
+        """Adds rows for the device."""
+        self.work.append((request, places))
+        self.tokens[places] = [len(ids) for ids in request.item_ids]
+
+    def scored(self) -> dict[str, CachedScore]:
+        """Returns what the score cache should keep of the answers."""
+        return {
+            key: CachedScore(
+                float(self.logits[place, 0]),
+                float(self.logits[place, 1]),
+                int(self.tokens[place]),
+                self.truncated[place],
+            )
+            for place, key in self.keys.items()
+        }
+
+
+class Preparer:
+    """Turns bodies into rows for one ranker. Safe for threads.
+
+    Its methods raise ApiError for what the schema cannot say, InputError for what the prompt refuses, and
+    StoreUnavailable if the item store fails.
+    """
+
+    def __init__(
+        self,
+        ranker: Ranker,
+        metrics: Metrics,
+        max_items: int,
+        catalogue: Catalogue | None = None,
+        cache: ScoreCache | None = None,
+    ) -> None:
+        self._ranker, self._metrics, self._max_items = ranker, metrics, max_items
+        self._catalogue, self._cache = catalogue, cache
+        self._model = f"{ranker.manifest.params_sha256} {ranker.manifest.template_sha256} {ranker.dtype}"
+        buckets = ranker.scorer.buckets.buckets
+        self._ks = sorted({bucket.vectors_per_item for bucket in buckets} - {0})
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """The embedding table on the host: copied when first needed, as looking rows up on the device would compile."""
+        return np.asarray(self._ranker.params["embedding"])
+
+    def rerank(self, query: str, documents: Sequence[str | Item], max_item_tokens: int | None) -> Prepared:
+        """Returns the rows of texts in the ranker's prompt."""
+        self._check_number(len(documents))
+        prepared = Prepared.of(len(documents))
+        self._add_texts(prepared, query, dict(enumerate(documents)), max_item_tokens)
+        return prepared
+
+    def score(self, body: ScoreRequest) -> Prepared:
+        """Returns the rows of a `/v1/score` request."""
+        given = [len(x) for x in (body.items, body.item_ids) if isinstance(x, list)]
+        given += [1] if isinstance(body.items, str) else []
+        given += [body.item_embeddings.shape[0]] if body.item_embeddings is not None else []
+        if not given:
+            raise invalid("items, item_ids or item_embeddings: one is needed", "items")
+        if len(set(given)) > 1:
+            raise invalid(f"items, item_ids and item_embeddings: must be equally many, are {given}", "items")
+        self._check_number(given[0])
+        if body.query is None:
+            raise invalid("query: is needed", "query")
+        if not given[0]:
+            return Prepared.of(0)
+        items = [body.items] if isinstance(body.items, str) else body.items
+        own_prompt = body.label_token_ids is not None or body.embed_override_token_id is not None
+        if isinstance(body.query, list) or own_prompt or (items and isinstance(items[0], list)):
+            if body.item_ids is not None or body.item_embeddings is not None:
+                raise invalid("item_ids, item_embeddings: need the ranker's own prompt: a text as query, no labels")
+            return self._rows(body, items or [])
+        return self._in_ranker_prompt(body, body.query, [str(item) for item in items] if items else None)
+
+    def _check_number(self, num_items: int) -> None:
+        if num_items > self._max_items:
+            raise ApiError(413, "too_many_items", f"{num_items} items: at most {self._max_items} in one request")
+
+    def _in_ranker_prompt(self, body: ScoreRequest, query: str, texts: list[str] | None) -> Prepared:
+        if body.item_first:
+            raise invalid("item_first: the ranker's own prompt has the query first", "item_first")
+        if body.item_ids is not None and body.item_embeddings is not None:
+            raise invalid("item_ids, item_embeddings: either, not both", "item_ids")
+        if body.item_embeddings is not None:
+            array = _decode(body.item_embeddings, self._ranker.config.model.width)
+            prepared = Prepared.of(len(array))
+            self._add_vectors(prepared, query, dict(enumerate(array)), texts)
+            return prepared
+        ids = body.item_ids or [None] * len(texts or [])
+        prepared = Prepared.of(len(ids))
+        found = self._look_up(prepared, ids)
+        missing = [place for place in range(len(ids)) if place not in found]
+        self._check_misses(prepared, ids, missing, texts, body.on_miss)
+        if found:
+            self._add_vectors(prepared, query, found, texts)
+        if texts is not None and missing and body.on_miss != "skip":
+            self._add_texts(prepared, query, {place: texts[place] for place in missing}, body.max_tokens_per_item)
+        elif texts is not None:
+            named = {place: texts[place] for place in missing if ids[place] is None}
+            self._add_texts(prepared, query, named, body.max_tokens_per_item)
+        return prepared
+
+    def _look_up(self, prepared: Prepared, ids: Sequence[str | None]) -> dict[int, np.ndarray]:
+        """Returns the vectors of the ids that have any, by place; notes the status of the others."""
+        asked = [(place, item_id) for place, item_id in enumerate(ids) if item_id is not None]
+        if not asked:
+            return {}
+        if self._catalogue is None:
+            raise invalid("item_ids: this server has no item store for its checkpoint", "item_ids")
+        lookup = self._catalogue.lookup([item_id for _, item_id in asked])
+        found = {}
+        for (place, _), vectors, status in zip(asked, lookup.vectors, lookup.status, strict=True):
+            if vectors is not None:
+                found[place] = vectors
+            elif status != "found":
+                prepared.status[place] = status
+        return found
+
+    def _check_misses(
+        self,
+        prepared: Prepared,
+        ids: Sequence[str | None],
+        missing: Sequence[int],
+        texts: Sequence[str] | None,
+        on_miss: OnMiss,
+    ) -> None:
+        nameless = [place for place in missing if ids[place] is None]
+        if nameless and texts is None:
+            raise invalid(f"items: item {nameless[0]} has no id and needs a text", "items")
+        misses = [place for place in missing if ids[place] is not None]
+        if not misses or on_miss == "skip" or (on_miss == "text" and texts is not None):
+            return
+        first, status = misses[0], prepared.status[misses[0]]
+        wish = ", and there are no items' texts to score instead" if on_miss == "text" else ""
+        raise ApiError(
+            404,
+            f"item_{status}",
+            f"item_ids: {len(misses)} of {len(ids)} cannot be scored{wish}; the first is item {first}: {status}",
+            param="item_ids",
+        )
+
+    def _add_texts(
+        self, prepared: Prepared, query: str, texts: Mapping[int, str | Item], max_item_tokens: int | None
+    ) -> None:
+        """Adds rows of texts by place, but for those whose score is cached."""
+        if self._cache is not None:
+            content = {
+                place: text if isinstance(text, str) else f"{text.title}\n\n{text.text}"
+                for place, text in texts.items()
+            }
+            texts = {place: texts[place] for place in self._not_cached(prepared, query, content, max_item_tokens)}
+        if not texts:
+            prepared.prefix_tokens = len(self._ranker.prompt.encode_query(query))
+            return
+        places = list(texts)
+        encoded = self._ranker.prompt.encode(query, list(texts.values()), max_item_tokens)
+        prepared.prefix_tokens = len(encoded.prefix_ids)
+        prepared.add(PackRequest(encoded.prefix_ids, encoded.item_ids), places)
+        for place, truncated in zip(places, encoded.truncated, strict=True):
+            prepared.truncated[place] = truncated
+
+    def _add_vectors(
+        self, prepared: Prepared, query: str, vectors: dict[int, np.ndarray], texts: Sequence[str] | None
+    ) -> None:
+        """Adds rows of embedding tokens by place, but for those whose score is cached.
+
+        Args:
+            texts: of all places: what compressors with text fields read beside the vectors.
+        """
+        scorer = self._ranker.vector_scorer
+        if scorer is None:
+            raise invalid("item_embeddings: this checkpoint has no compressor, so it reads text alone")
+        for place in vectors:
+            prepared.status[place] = "embedding"
+        beside = {place: texts[place] for place in vectors} if scorer.reads_texts and texts is not None else None
+        prepared.prefix_tokens = len(self._ranker.prompt.encode_query(query))
+        if self._cache is not None and beside is None:
+            vectors = {place: vectors[place] for place in self._not_cached(prepared, query, vectors, None)}
+        if vectors:
+            places = list(vectors)
+            request = VectorRequest(query, list(vectors.values()), list(beside.values()) if beside else None)
+            for numbers, part in scorer.pack(request):
+                prepared.add(part, [places[number] for number in numbers])
+
+    def _not_cached(
+        self, prepared: Prepared, query: str, items: Mapping[int, str | np.ndarray], limit: int | None
+    ) -> list[int]:
+        """Fills in the scores that the cache holds; returns the other places and notes their keys."""
+        assert self._cache is not None
+        keys = {place: score_key(self._model, query, item, limit) for place, item in items.items()}
+        others = []
+        for (place, key), score in zip(keys.items(), self._cache.get(list(keys.values())), strict=True):
+            if score is None:
+                others.append(place)
+                prepared.keys[place] = key
+            else:
+                prepared.logits[place] = score.no, score.yes
+                prepared.tokens[place], prepared.truncated[place] = score.tokens, score.truncated
+        self._metrics.cache.labels("hit").inc(len(keys) - len(others))
+        self._metrics.cache.labels("miss").inc(len(others))
+        return others
+
+    def _rows(self, body: ScoreRequest, items: Sequence[str] | Sequence[list[int]]) -> Prepared:
+        """Rows of token ids, or of texts that are whole prompts together: nothing is added to either."""
+        prepared = Prepared.of(len(items))
+        query = body.query
+        if isinstance(query, str) and all(isinstance(item, str) for item in items):
+            texts = [f"{item}{query}" if body.item_first else f"{query}{item}" for item in items]
+            rows = self._ranker.prompt.raw_ids(texts)
+            shared = _shared_length(rows)
+        elif isinstance(query, list) and all(isinstance(item, list) for item in items):
+            rows = [[*item, *query] if body.item_first else [*query, *item] for item in items]
+            shared = 0 if body.item_first else len(query)
+        else:
+            raise invalid("query, items: both text or both token ids", "query")
+        self._check_ids(rows)
+        if body.embed_override_token_id is not None:
+            self._add_overridden(prepared, body, rows)
+        elif body.query_embed_overrides is not None or body.item_embed_overrides is not None:
+            raise invalid("embed_override_token_id: is needed with embedding overrides", "embed_override_token_id")
+        else:
+            shared = min(shared, min(map(len, rows)) - 1)
+            prepared.prefix_tokens = shared
+            prepared.add(PackRequest(rows[0][:shared], [row[shared:] for row in rows]), list(range(len(rows))))
+        return prepared
+
+    def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
+        vocab_size = self._ranker.config.model.vocab_size
+        for number, row in enumerate(rows):
+            if not row:
+                raise invalid(f"items[{number}]: has no tokens", "items")
+            if max(row) >= vocab_size:
+                raise invalid(f"items[{number}]: a token id is outside 0..{vocab_size - 1}", "items")
+
+    def _add_overridden(self, prepared: Prepared, body: ScoreRequest, rows: list[list[int]]) -> None:
+        """Adds rows in which embeddings fill the places of one token: one stretch of vectors per row.
+
+        Tokens within the stretch, and as many behind or before it as the next compiled number of vectors takes, become
+        the vectors that they are anyway: rows of the embedding table.
+        """
+        query = body.query_embed_overrides or []
+        items = body.item_embed_overrides or [None] * len(rows)
+        if len(items) != len(rows):
+            raise invalid(f"item_embed_overrides: {len(items)} for {len(rows)} items", "item_embed_overrides")
+        groups: dict[tuple[int, tuple[int, ...]], list[tuple[int, list[int], np.ndarray]]] = defaultdict(list)
+        for number, (row, own) in enumerate(zip(rows, items, strict=True)):
+            overrides = [*(own or []), *query] if body.item_first else [*query, *(own or [])]
+            start, vectors = self._stretch(number, row, overrides, body.embed_override_token_id)
+            prepared.status[number] = "embedding" if overrides else "text"
+            groups[len(vectors), tuple(row[:start])].append((number, row[start:], vectors))
+        for (k, prefix_ids), members in groups.items():
+            stacked = np.stack([vectors for _, _, vectors in members]) if k else None
+            request = PackRequest(prefix_ids, [ids for _, ids, _ in members], stacked)
+            prepared.add(request, [number for number, _, _ in members])
+            prepared.prefix_tokens += len(prefix_ids)
+
+    def _stretch(
+        self, number: int, row: list[int], overrides: Sequence[Sequence[float]], token: int | None
+    ) -> tuple[int, Float[np.ndarray, "C D"]]:
+        """Returns where a row's vectors begin, and the vectors."""
+        width = self._ranker.config.model.width
+        places = [place for place, each in enumerate(row) if each == token]
+        if len(places) != len(overrides):
+            raise invalid(
+                f"items[{number}] contains {len(places)} occurrences of embed_override_token_id but {len(overrides)}"
+                " override embeddings were provided",
+                "item_embed_overrides",
+            )
+        if any(len(vector) != width for vector in overrides):
+            raise invalid(f"items[{number}]: override embeddings must have {width} values", "item_embed_overrides")
+        if not places:
+            return len(row) - 1, np.zeros((0, width), np.float32)
+        span = places[-1] + 1 - places[0]
+        k = next((k for k in self._ks if k >= span), None)
+        if k is None or k > len(row):
+            raise invalid(
+                f"items[{number}]: embeddings span {span} of {len(row)} tokens; compiled for"
+                f" {', '.join(map(str, self._ks)) or 'none'}",
+                "item_embed_overrides",
+            )
+        start = min(places[0], len(row) - k)
+        vectors = self._table[row[start : start + k]].astype(np.float32)
+        vectors[np.array(places) - start] = np.asarray(overrides, np.float32)
+        return start, vectors
+
+
+def _shared_length(rows: Sequence[list[int]]) -> int:
+    """Returns how many tokens all rows begin with."""
+    first, last = min(rows), max(rows)
+    differing = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return next(differing, min(len(first), len(last)))
+
+
+def _decode(array: EmbeddingArray, width: int) -> Float[np.ndarray, "J C D"]:
+    """Returns the array that a request holds; raises ApiError if it is not what its shape says, or not finite."""
+    dtype = _DTYPES[array.dtype]
+    if min(array.shape[:2]) < 1 or array.shape[2] != width:
+        raise invalid(f"item_embeddings.shape: must be [items, vectors, {width}], is {list(array.shape)}")
+    try:
+        data = base64.b64decode(array.data, validate=True)
+    except binascii.Error:
+        raise invalid("item_embeddings.data: no valid base64", "item_embeddings") from None
+    expected = math.prod(array.shape) * dtype.itemsize
+    if len(data) != expected:
+        raise invalid(f"item_embeddings.data: {len(data)} bytes, shape and dtype need {expected}", "item_embeddings")
+    values = np.frombuffer(data, dtype).reshape(array.shape).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise invalid("item_embeddings.data: must be finite", "item_embeddings")
+    return values

@@ -1,0 +1,313 @@
+"""What the routes call: admission, preparation, waiting, answers. Knows nothing of HTTP but its status codes."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxslm.data_files import Item
+from jaxslm.errors import InputError
+from jaxslm.items.store import StoreUnavailable
+from jaxslm.score.scorer import Scores
+from jaxslm.serve.batcher import DeadlineError, DeviceError, Job
+from jaxslm.serve.engine import Engine
+from jaxslm.serve.errors import ApiError, invalid
+from jaxslm.serve.prepare import Prepared
+from jaxslm.serve.schemas import (
+    DeleteItemsRequest,
+    DeleteItemsResponse,
+    Document,
+    FailedItems,
+    PutItemsRequest,
+    PutItemsResponse,
+    RerankDocument,
+    RerankRequest,
+    RerankResponse,
+    RerankResult,
+    ScoreRequest,
+    ScoreResponse,
+    ScoreUsage,
+)
+
+Result = TypeVar("Result")
+Disconnected = Callable[[], Awaitable[None]]
+"""Returns when the client has gone."""
+
+ADMITTED_SHARE = 0.8
+"""A request is admitted if by the speed of late it is scored in this share of the time that it has."""
+
+
+class ClientGoneError(Exception):
+    """The client went away before its answer was there."""
+
+
+@dataclass
+class Call:
+    """One HTTP request on its way: when it must be answered and what its parts took, in seconds of the monotonic clock.
+
+    Attributes:
+        route: the path as it is documented, for metrics. deadline, received: `time.monotonic()`.
+    """
+
+    request_id: str
+    received: float
+    deadline: float
+    route: str = "unknown"
+    items: int = 0
+    tokens: int = 0
+    tokenise_s: float = 0.0
+    queue_s: float = 0.0
+    device_s: float = 0.0
+    respond_s: float = 0.0
+    scored: float | None = None
+
+
+class Service:
+    """One ranker behind admission control. Methods raise ApiError, and ClientGoneError if nobody waits any more."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.settings = engine.settings
+        self.active = 0
+        # Tokenisation leaves the interpreter's lock alone, so threads help; more than a few only queue for it.
+        self._threads = ThreadPoolExecutor(4, "prepare")
+        self._encoder_thread = ThreadPoolExecutor(1, "encode")
+        metrics = engine.metrics
+        metrics.watch("num_requests_running", "Requests being prepared, waiting or scored.", lambda: self.active)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._threads.shutdown()
+        self._encoder_thread.shutdown()
+
+    async def score(self, call: Call, parse: Callable[[], ScoreRequest], gone: Disconnected) -> ScoreResponse:
+        """Answers `/v1/score`. `parse` checks the body, off the event loop."""
+        labels = self.engine.ranker.label_token_ids
+
+        def prepare() -> tuple[ScoreRequest, Prepared]:
+            body = parse()
+            _check_labels(body, labels)
+            return body, self.engine.preparer.score(body)
+
+        body, prepared = await self._run(call, prepare, gone)
+        return self._score_response(body, prepared)
+
+    async def rerank(
+        self, call: Call, parse: Callable[[], RerankRequest], gone: Disconnected, *, return_documents: bool
+    ) -> RerankResponse:
+        """Answers the rerank routes. `return_documents`: where the body does not say."""
+
+        def prepare() -> tuple[RerankRequest, Prepared]:
+            body = parse()
+            query = body.query if isinstance(body.query, str) else body.query.text
+            documents = [body.documents] if isinstance(body.documents, str) else body.documents
+            items = [each if isinstance(each, str) else _item(each) for each in documents]
+            if not items:
+                raise invalid("documents: at least one is needed", "documents")
+            return body, self.engine.preparer.rerank(query, items, body.max_tokens_per_doc or None)
+
+        body, prepared = await self._run(call, prepare, gone)
+        return self._rerank_response(call, body, prepared, return_documents)
+
+    async def put_items(self, call: Call, parse: Callable[[], PutItemsRequest]) -> PutItemsResponse:
+        """Answers `PUT /v1/items`."""
+        catalogue = self.engine.catalogue
+        if catalogue is None:
+            raise invalid("this server has no item store for its checkpoint")
+
+        def put() -> PutItemsResponse:
+            body = parse()
+            if len({item.id for item in body.items}) != len(body.items):
+                raise invalid("items: ids must not repeat", "items")
+            if len(body.items) > self.settings.max_items:
+                raise ApiError(413, "too_many_items", f"{len(body.items)} items: at most {self.settings.max_items}")
+            k = body.vectors_per_item or max(catalogue.encoder.config.ks)
+            if k not in catalogue.encoder.config.ks:
+                raise invalid(f"vectors_per_item: must be one of {catalogue.encoder.config.ks}", "vectors_per_item")
+            call.items = len(body.items)
+            items = [Item(id=item.id, title=item.title, text=item.text) for item in body.items]
+            summary = catalogue.put(items, k)
+            reasons = summary.reasons.items()
+            failed = [FailedItems(reason=why, items=number, first_id=first) for why, (number, first) in reasons]
+            return PutItemsResponse(
+                encoded=summary.encoded, unchanged=summary.unchanged, failed=failed, vectors_per_item=k
+            )
+
+        return await self._in_thread(self._encoder_thread, put)
+
+    async def delete_items(self, call: Call, parse: Callable[[], DeleteItemsRequest]) -> DeleteItemsResponse:
+        """Answers `DELETE /v1/items`."""
+        catalogue = self.engine.catalogue
+        if catalogue is None:
+            raise invalid("this server has no item store for its checkpoint")
+
+        def delete() -> DeleteItemsResponse:
+            body = parse()
+            call.items = len(body.ids)
+            return DeleteItemsResponse(deleted=catalogue.delete(body.ids))
+
+        return await self._in_thread(self._encoder_thread, delete)
+
+    def refuse_unless_admitted(self) -> None:
+        """Raises ApiError if the server takes no requests now, before anything of a body is read."""
+        status = self.engine.health.status
+        if status != "ready":
+            raise ApiError(503, status, f"not ready: {status}", retry_after_s=self.settings.watchdog_s)
+        if self.active >= self.settings.max_queued_requests:
+            self._refuse_load("queue_full", "the queue is full", 0)
+
+    def _refuse_load(self, reason: str, message: str, tokens: int) -> None:
+        raise ApiError(429, reason, message, retry_after_s=math.ceil(self.engine.batcher.wait_s(tokens)))
+
+    async def _run(
+        self, call: Call, prepare: Callable[[], tuple[Result, Prepared]], gone: Disconnected
+    ) -> tuple[Result, Prepared]:
+        """Prepares a request in a thread, has it scored and returns both."""
+        self.active += 1
+        try:
+            body, prepared = await self._in_thread(self._threads, prepare)
+            call.tokenise_s = time.monotonic() - call.received
+            call.items, call.tokens = len(prepared.status), prepared.num_tokens
+            if prepared.work:
+                await self._score(call, prepared, gone)
+            call.scored = time.monotonic()
+        finally:
+            self.active -= 1
+        return body, prepared
+
+    async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
+        except InputError as error:
+            raise invalid(str(error)) from None
+        except StoreUnavailable:
+            raise ApiError(503, "store_unavailable", "the item store cannot be reached", retry_after_s=1) from None
+
+    async def _score(self, call: Call, prepared: Prepared, gone: Disconnected) -> None:
+        """Has the prepared rows scored and fills in their logits."""
+        batcher = self.engine.batcher
+        left = call.deadline - time.monotonic()
+        if batcher.wait_s(prepared.num_tokens) > ADMITTED_SHARE * left and batcher.queued_tokens:
+            self._refuse_load("overloaded", "it would not be scored by its deadline", prepared.num_tokens)
+        jobs = [batcher.submit(request, call.deadline) for request, _ in prepared.work]
+        try:
+            results = await self._wait(jobs, left, gone)
+        except BaseException:
+            for job in jobs:
+                batcher.drop(job)
+            raise
+        for (_, places), logits in zip(prepared.work, results, strict=True):
+            prepared.logits[places] = logits
+        if not np.isfinite(prepared.logits[[place for _, places in prepared.work for place in places]]).all():
+            raise ApiError(503, "device_failed", "the device returned no numbers", retry_after_s=1)
+        if self.engine.cache is not None:
+            self._threads.submit(self.engine.cache.put, prepared.scored())
+        call.queue_s = max((job.started or job.submitted) - job.submitted for job in jobs)
+        call.device_s = max((job.finished or 0.0) - (job.started or 0.0) for job in jobs)
+
+    async def _wait(self, jobs: Sequence[Job], seconds: float, gone: Disconnected) -> list[np.ndarray]:
+        """Returns the logits of all jobs; gives up when the time is over or the client has gone."""
+        scored = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+        left = asyncio.ensure_future(gone())
+        either: set[asyncio.Future[Any]] = {scored, left}
+        try:
+            done, _ = await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if scored in done:
+                return list(scored.result())
+            if left in done:
+                raise ClientGoneError
+            raise DeadlineError
+        except DeadlineError:
+            raise ApiError(504, "deadline", "not scored by its deadline") from None
+        except DeviceError:
+            raise ApiError(503, "device_failed", "the device failed", retry_after_s=1) from None
+        except InputError as error:
+            raise invalid(str(error)) from None
+        finally:
+            left.cancel()
+            scored.cancel()
+
+    def _score_response(self, body: ScoreRequest, prepared: Prepared) -> ScoreResponse:
+        no_yes = self.engine.ranker.label_token_ids
+        labels = tuple(body.label_token_ids or no_yes)
+        known = ~np.isnan(prepared.logits[:, 0])
+        chosen = prepared.logits[:, [no_yes.index(label) for label in labels]].astype(np.float64)
+        exps = np.exp(chosen - chosen.max(axis=1, keepdims=True)) if len(chosen) else chosen
+        scores = exps / exps.sum(axis=1, keepdims=True)
+        log_odds = Scores(prepared.logits, prepared.truncated).log_odds
+        calibration = self.settings.calibration
+        return ScoreResponse(
+            scores=_or_none(scores, known),
+            model=self.settings.name,
+            usage=ScoreUsage(prompt_tokens=prepared.num_tokens, total_tokens=prepared.num_tokens),
+            label_token_ids=list(labels),
+            logits=_or_none(log_odds, known),
+            calibrated=None if calibration is None else _or_none(calibration.apply(log_odds), known),
+            truncated=prepared.truncated,
+            status=prepared.status,
+        )
+
+    def _rerank_response(
+        self, call: Call, body: RerankRequest, prepared: Prepared, return_documents: bool
+    ) -> RerankResponse:
+        if body.return_documents is not None:
+            return_documents = body.return_documents
+        documents = [body.documents] if isinstance(body.documents, str) else body.documents
+        scored = Scores(prepared.logits, prepared.truncated)
+        log_odds = scored.log_odds
+        relevance = log_odds if body.use_activation is False else scored.probabilities
+        results = []
+        for place in np.argsort(-log_odds, kind="stable")[: body.top_n or None].tolist():
+            document = documents[place]
+            text = document if isinstance(document, str) else document.text
+            results.append(
+                RerankResult(
+                    index=place,
+                    relevance_score=float(relevance[place]),
+                    logit=float(log_odds[place]),
+                    truncated=prepared.truncated[place],
+                    document=RerankDocument(text=text) if return_documents else None,
+                )
+            )
+        tokens = prepared.num_tokens
+        return RerankResponse(
+            id=call.request_id,
+            created=int(time.time()),
+            model=self.settings.name,
+            results=results,
+            usage={"prompt_tokens": tokens, "total_tokens": tokens},
+            meta={
+                "api_version": {"version": "2"},
+                "billed_units": {"search_units": 1},
+                "tokens": {"input_tokens": tokens, "output_tokens": 0},
+            },
+        )
+
+
+def _check_labels(body: ScoreRequest, no_yes: tuple[int, int]) -> None:
+    """Refuses labels that the ranker has no row for, and probabilities that need the whole vocabulary."""
+    if body.label_token_ids is None:
+        return
+    if not body.label_token_ids or not set(body.label_token_ids) <= set(no_yes):
+        raise invalid(
+            f"label_token_ids: this ranker has rows for {no_yes[0]} (no) and {no_yes[1]} (yes) alone", "label_token_ids"
+        )
+    if not body.apply_softmax:
+        raise invalid(
+            "apply_softmax: must be true: false asks for probabilities among the whole vocabulary, and this ranker"
+            " computes those of its two labels alone",
+            "apply_softmax",
+        )
+
+
+def _item(document: Document) -> Item:
+    return Item(id="document", title=document.title, text=document.text)
+
+
+def _or_none(values: np.ndarray, known: np.ndarray) -> list[Any]:
+    return [value if there else None for value, there in zip(values.tolist(), known.tolist(), strict=True)]
