@@ -22,13 +22,13 @@ from jaxslm.model.layout import Rows
 from jaxslm.train.data import pair_batches
 from jaxslm.train.heldout import HeldOut
 from jaxslm.train.hosts import join_hosts
-from jaxslm.train.loop import Task, TrainResult, dtype_of, run
+from jaxslm.train.loop import Task, TrainResult, dtype_of, run, saver
 from jaxslm.train.losses import info_nce
-from jaxslm.train.partition import Frozen, join_params
+from jaxslm.train.partition import Frozen, join_params, partition_of
 from jaxslm.train.settings import EncoderTraining
 from jaxslm.train.speed import pair_work
 from jaxslm.train.start import load_start
-from jaxslm.train.step import DATA, Batch, LossFn, gather, make_mesh
+from jaxslm.train.step import DATA, Batch, LossFn, gather, make_mesh, make_optimiser
 
 ROWS = 64
 """Items that are encoded together for evaluation."""
@@ -154,6 +154,9 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
         batches=batches,
         work=lambda batch: pair_work(start.config.model, batch),
         evaluate=evaluate,
+        partition=partition_of(start.config, freeze_embeddings=settings.freeze_embeddings),
+        optimiser=make_optimiser(settings.optimiser, settings.steps),
+        save=saver(start, "encoder"),
         dtype=dtype,
         mesh=mesh,
     )

@@ -28,13 +28,15 @@ class TokenList:
     Attributes:
         position: its place in the order. index: the query's place in the file.
         tokens: int32, prefix and items end to end. lengths: tokens of the prefix, then of each item.
-        labels: float32, one per item. teacher: float32 log-odds, NaN where unknown; None without a teacher.
+        rows: int32, the items as rows of the catalogue. labels: float32, one per item.
+        teacher: float32 log-odds, NaN where unknown; None without a teacher.
     """
 
     position: int
     index: int
     tokens: np.ndarray
     lengths: list[int]
+    rows: np.ndarray
     labels: np.ndarray
     teacher: np.ndarray | None
 
@@ -153,7 +155,8 @@ class RankerLists:
         if self._teacher is not None:
             known = self._teacher.get(query.text, {})
             teacher = np.array([known.get(self._ids[row], np.nan) for row in rows], np.float32)
-        return TokenList(position, index, np.concatenate(parts), [len(part) for part in parts], labels, teacher)
+        lengths = [len(part) for part in parts]
+        return TokenList(position, index, np.concatenate(parts), lengths, rows.astype(np.int32), labels, teacher)
 
 
 class TokenPairs:

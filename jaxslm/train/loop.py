@@ -1,4 +1,4 @@
-"""The loop that both kinds of training share: update, log, evaluate, save, stop cleanly, go on where a run stopped.
+"""The loop that all kinds of training share: update, log, evaluate, save, stop cleanly, go on where a run stopped.
 
 A run that writes to OUT keeps its state in `OUT.training/` beside it (`jaxslm.train.snapshots`). The same command goes
 on from the last save, with the batches that an uninterrupted run would have seen. When the last update is done OUT
@@ -31,7 +31,7 @@ from jaxslm.train.data import BatchIterator
 from jaxslm.train.hosts import from_all_hosts
 from jaxslm.train.interrupt import StopWish, stop_signals
 from jaxslm.train.log import RunBar, RunLog, run_bar
-from jaxslm.train.partition import Frozen, join_params, split_params
+from jaxslm.train.partition import Frozen, Partition
 from jaxslm.train.settings import TrainingSettings
 from jaxslm.train.snapshots import METRIC, Snapshots
 from jaxslm.train.speed import matmul_ceiling
@@ -42,12 +42,12 @@ from jaxslm.train.step import (
     abstract_state,
     init_state,
     learning_rates,
-    make_optimiser,
     make_step,
     put_batch,
 )
 
 Evaluate = Callable[[Params], dict[str, float]]
+Save = Callable[[Path, Params, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,14 @@ class Task:
     """What is trained.
 
     Attributes:
-        kind: "ranker" or "encoder". start: the model before the first update. teacher: its parameters, or empty.
+        kind: "ranker", "encoder" or "compressor". start: the model before the first update.
+        params: all parameters before the first update, `start.params` if None. partition: which of them train.
+        optimiser: what updates those.
         work: (real tokens, useful FLOPs) of one of this host's batches.
         evaluate: whole parameters on one device -> numbers by name, "ndcg_at_10" among them; called when the settings
             have an `evaluation`.
+        save: (path, whole parameters, metrics): writes the checkpoint.
+        teacher: parameters of a teacher, or empty.
     """
 
     kind: str
@@ -67,8 +71,12 @@ class Task:
     batches: BatchIterator
     work: Callable[[Mapping[str, np.ndarray]], tuple[int, int]]
     evaluate: Evaluate
+    partition: Partition
+    optimiser: optax.GradientTransformation
+    save: Save
     dtype: jnp.dtype
     mesh: Mesh
+    params: Params | None = None
     teacher: Params = field(default_factory=dict)
 
 
@@ -121,7 +129,7 @@ def run(task: Task, settings: TrainingSettings, out: Path) -> TrainResult:
             return TrainResult(False, loop.step, settings.steps, out, {})
         params, metrics = loop.result()
     if jax.process_index() == 0:
-        _write(out, task, params, metrics)
+        task.save(out, params, metrics)
         for name in ("last", "best"):
             shutil.rmtree(folder / name)
     return TrainResult(True, loop.step, settings.steps, out, metrics)
@@ -132,9 +140,8 @@ class _Loop:
 
     def __init__(self, task: Task, settings: TrainingSettings, folder: Path, snapshots: Snapshots) -> None:
         self._task, self._settings, self._folder, self._snapshots = task, settings, folder, snapshots
-        config, mesh = task.start.config, task.mesh
-        trainable, tables = split_params(task.start.params, config, freeze_embeddings=settings.freeze_embeddings)
-        optimiser = make_optimiser(settings.optimiser, settings.steps)
+        mesh, optimiser = task.mesh, task.optimiser
+        trainable, tables = task.partition.split(task.start.params if task.params is None else task.params)
         self._abstract = abstract_state(trainable, optimiser)
         self._state = self._restore() or init_state(trainable, optimiser, mesh)
         self._frozen: Frozen = {"tables": jax.device_put(tables, NamedSharding(mesh, P())), "teacher": task.teacher}
@@ -235,10 +242,10 @@ class _Loop:
 
     def _whole(self, trainable: Params) -> Params:
         """Joined parameters on one local device."""
-        mesh, config = self._task.mesh, self._task.start.config
+        mesh = self._task.mesh
         whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))(trainable)
         local, tables = jax.tree.map(lambda leaf: leaf.addressable_data(0), (whole, self._frozen["tables"]))
-        return join_params(local, tables, config)
+        return self._task.partition.join(local, tables)
 
     def result(self) -> tuple[Params, dict[str, float]]:
         """Returns the parameters that the run is for, and their numbers."""
@@ -280,14 +287,19 @@ def _claim(folder: Path, task: Task, settings: TrainingSettings) -> None:
             )
 
 
-def _write(out: Path, task: Task, params: Params, metrics: dict[str, float]) -> None:
-    parent = task.start.manifest
-    save_checkpoint(
-        out,
-        task.start.config,
-        params,
-        task.start.tokenizer_files,
-        source=f"jaxslm train {task.kind} from {parent.source}",
-        parent=parent.params_sha256,
-        metrics=metrics,
-    )
+def saver(start: Checkpoint, kind: str) -> Save:
+    """Returns what writes a trained decoder as a checkpoint whose parent is the model that it started from."""
+
+    def save(out: Path, params: Params, metrics: dict[str, float]) -> None:
+        parent = start.manifest
+        save_checkpoint(
+            out,
+            start.config,
+            params,
+            start.tokenizer_files,
+            source=f"jaxslm train {kind} from {parent.source}",
+            parent=parent.params_sha256,
+            metrics=metrics,
+        )
+
+    return save

@@ -1,5 +1,9 @@
 """Which parameters train: all of them, or all but the embedding tables with the two label rows kept apart."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import jax.numpy as jnp
 
 from jaxslm.config import RankerConfig
@@ -24,6 +28,26 @@ def split_params(params: Params, config: RankerConfig, *, freeze_embeddings: boo
     trainable = {name: leaf for name, leaf in params.items() if name not in TABLES}
     trainable[LABEL_ROWS] = vocab_rows(params)[jnp.asarray(config.label_token_ids)]
     return trainable, {name: params[name] for name in TABLES if name in params}
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How whole parameters are taken apart for training.
+
+    Attributes:
+        split: whole parameters -> (trainable, frozen). join: the inverse.
+    """
+
+    split: Callable[[Params], tuple[Params, Params]]
+    join: Callable[[Params, Params], Params]
+
+
+def partition_of(config: RankerConfig, *, freeze_embeddings: bool) -> Partition:
+    """Returns the partition of a decoder: `split_params` and `join_params`."""
+    return Partition(
+        split=partial(split_params, config=config, freeze_embeddings=freeze_embeddings),
+        join=partial(join_params, config=config),
+    )
 
 
 def join_params(trainable: Params, tables: Params, config: RankerConfig) -> Params:

@@ -18,12 +18,12 @@ from jaxslm.train import losses
 from jaxslm.train.data import ranker_batches
 from jaxslm.train.heldout import HeldOut
 from jaxslm.train.hosts import join_hosts
-from jaxslm.train.loop import Task, TrainResult, dtype_of, run
-from jaxslm.train.partition import Frozen, join_params
+from jaxslm.train.loop import Task, TrainResult, dtype_of, run, saver
+from jaxslm.train.partition import Frozen, join_params, partition_of
 from jaxslm.train.settings import LossWeights, RankerTraining
 from jaxslm.train.speed import ranker_work
 from jaxslm.train.start import load_start
-from jaxslm.train.step import Batch, LossFn, gather, item_states, make_mesh
+from jaxslm.train.step import Batch, LossFn, gather, item_states, make_mesh, make_optimiser
 from jaxslm.train.teacher import Teacher, load_teacher
 
 LABEL_LOSSES = {
@@ -45,35 +45,63 @@ def ranker_loss(
     def loss_fn(trainable: Params, frozen: Frozen, batch: Batch) -> tuple[Array, dict[str, Array]]:
         params = join_params(trainable, frozen["tables"], config)
         states = item_states(decoder, gather(params, decoder.dtype, mesh), batch, mesh, mean=weights.mean_state > 0)
-        rows_2D = label_rows(params, config.label_token_ids)
-        labels_RJ, valid_RJ = _lists(batch["labels"]), _lists(batch["valid"])
-        terms = {}
-        if weights.mean_state:
-            states, means = states[:, 0], states[:, 1]
-            mean_terms = _label_terms(_log_odds(means, rows_2D), labels_RJ, valid_RJ, weights)
-            terms["mean_state"] = _weighted_sum(mean_terms, weights)
-        odds_RJ = _log_odds(states, rows_2D)
-        terms |= _label_terms(odds_RJ, labels_RJ, valid_RJ, weights)
-        if teacher is not None:
-            taught_states, taught_rows = teacher.states(frozen["teacher"], batch)
-            teacher_RJ = _log_odds(taught_states, taught_rows)
-            if weights.hidden:
-                terms["hidden"] = losses.hidden_cosine(_lists(states), _lists(taught_states), valid_RJ)
-        elif weights.needs_teacher:
-            teacher_RJ = _lists(batch["teacher"])
-        if weights.needs_teacher:
-            terms |= _distillation(odds_RJ, teacher_RJ, valid_RJ, weights)
-        return _weighted_sum(terms, weights), terms
+        taught = teacher.states(frozen["teacher"], batch) if teacher is not None else None
+        terms = ranking_terms(states, label_rows(params, config.label_token_ids), batch, weights, taught)
+        return weighted_sum(terms, weights), terms
 
     return loss_fn
 
 
+def ranking_terms(
+    states: Array, rows_2D: Array, batch: Batch, weights: LossWeights, taught: tuple[Array, Array] | None
+) -> dict[str, Array]:
+    """Returns the terms of the loss that have a weight, by name.
+
+    Args:
+        states: of the items' last tokens [devices, R, J, D]; with a weight of `mean_state` [devices, 2, R, J, D], their
+            means too.
+        rows_2D: head rows of (no, yes).
+        batch: "labels", "valid", and "teacher" if log-odds are stored.
+        taught: the states and head rows of a teacher on the same items.
+    """
+    labels_RJ, valid_RJ = lists(batch["labels"]), lists(batch["valid"])
+    terms = {}
+    if weights.mean_state:
+        states, means = states[:, 0], states[:, 1]
+        mean_terms = _label_terms(list_log_odds(means, rows_2D), labels_RJ, valid_RJ, weights)
+        terms["mean_state"] = weighted_sum(mean_terms, weights)
+    odds_RJ = list_log_odds(states, rows_2D)
+    terms |= _label_terms(odds_RJ, labels_RJ, valid_RJ, weights)
+    if taught is not None:
+        taught_states, taught_rows = taught
+        teacher_RJ = list_log_odds(taught_states, taught_rows)
+        if weights.hidden:
+            terms["hidden"] = losses.hidden_cosine(lists(states), lists(taught_states), valid_RJ)
+    elif weights.needs_teacher:
+        teacher_RJ = lists(batch["teacher"])
+    if weights.needs_teacher:
+        terms |= _distillation(odds_RJ, teacher_RJ, valid_RJ, weights)
+    return terms
+
+
+def weighted_sum(terms: dict[str, Array], weights: LossWeights) -> Array:
+    """Returns the sum of the terms, each times the weight of its name."""
+    return sum((getattr(weights, name) * term for name, term in terms.items()), jnp.float32(0))
+
+
+def list_log_odds(states: Array, rows_2D: Array) -> Array:
+    """Returns the log-odds of states: [devices, R, J, D] -> [devices * R, J]."""
+    flat = log_odds(states.reshape(-1, states.shape[-1]), rows_2D)
+    return flat.reshape(-1, states.shape[2])
+
+
+def lists(x: Array) -> Array:
+    """[devices, R, ...] -> [devices * R, ...]."""
+    return jax.lax.collapse(x, 0, 2)
+
+
 def _label_terms(odds_RJ: Array, labels_RJ: Array, valid_RJ: Array, weights: LossWeights) -> dict[str, Array]:
     return {name: LABEL_LOSSES[name](odds_RJ, labels_RJ, valid_RJ) for name in weights.of_labels}
-
-
-def _weighted_sum(terms: dict[str, Array], weights: LossWeights) -> Array:
-    return sum((getattr(weights, name) * term for name, term in terms.items()), jnp.float32(0))
 
 
 def _distillation(odds_RJ: Array, teacher_RJ: Array, valid_RJ: Array, weights: LossWeights) -> dict[str, Array]:
@@ -85,17 +113,6 @@ def _distillation(odds_RJ: Array, teacher_RJ: Array, valid_RJ: Array, weights: L
     if weights.list_distillation:
         terms["list_distillation"] = losses.list_kl(odds_RJ, teacher_RJ, taught_RJ, temperature)
     return terms
-
-
-def _log_odds(states: Array, rows_2D: Array) -> Array:
-    """[devices, R, J, D] -> [devices * R, J]."""
-    flat = log_odds(states.reshape(-1, states.shape[-1]), rows_2D)
-    return flat.reshape(-1, states.shape[2])
-
-
-def _lists(x: Array) -> Array:
-    """[devices, R, ...] -> [devices * R, ...]."""
-    return jax.lax.collapse(x, 0, 2)
 
 
 def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
@@ -126,6 +143,9 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
         batches=batches,
         work=lambda batch: ranker_work(start.config.model, batch),
         evaluate=evaluate,
+        partition=partition_of(start.config, freeze_embeddings=settings.freeze_embeddings),
+        optimiser=make_optimiser(settings.optimiser, settings.steps),
+        save=saver(start, "ranker"),
         dtype=dtype,
         mesh=mesh,
         teacher=teacher.params if teacher is not None else {},

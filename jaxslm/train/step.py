@@ -186,16 +186,24 @@ def item_states(decoder: Decoder, params: Params, batch: Batch, mesh: Mesh, *, m
     """
 
     def local(params: Params, tokens: Array, prefix: Array, items: Array) -> Array:
-        kind = _EveryToken if mean else SharedPrefix
-        layout = kind(prefix[0], items[0], tokens.shape[1])
-        states = jnp.asarray(decoder.apply({"params": params}, tokens[0], layout))
-        if isinstance(layout, _EveryToken):
-            states = jnp.stack([layout.read_last(states), _mean_of_items(states, items[0])])
-        return states[None]
+        x_MD = jnp.asarray(decoder.apply({"params": params}, tokens[0], method=Decoder.embed))
+        return decode_items(decoder, params, x_MD, prefix[0], items[0], mean=mean)[None]
 
     part = P(DATA)
     decode = jax.shard_map(local, mesh=mesh, in_specs=(P(), part, part, part), out_specs=part)
     states: Array = decode(params, batch["tokens"], batch["prefix"], batch["items"])
+    return states
+
+
+def decode_items(
+    decoder: Decoder, params: Params, x_MD: Array, prefix_RP: Array, items_RJT: Array, *, mean: bool
+) -> Array:
+    """Returns one device's `item_states` from input embeddings: [R, J, D], with `mean` [2, R, J, D]."""
+    kind = _EveryToken if mean else SharedPrefix
+    layout = kind(prefix_RP, items_RJT, x_MD.shape[0])
+    states = jnp.asarray(decoder.apply({"params": params}, x_MD, layout, method=Decoder.decode))
+    if isinstance(layout, _EveryToken):
+        states = jnp.stack([layout.read_last(states), _mean_of_items(states, items_RJT)])
     return states
 
 
