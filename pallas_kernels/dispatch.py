@@ -93,22 +93,26 @@ def choose(
     dtype_name = jax.numpy.dtype(dtype).name
     row = tuning.nearest(op, device, dtype_name, shape)
     tiles = row.tiles if row else {}
-    why_not = unsupported(shape, dtype, tiles)
-    if why_not is None and implementation != INTERPRETED and not is_hopper(device):
-        why_not = "needs a Hopper GPU"
 
     def chosen(name: str, reason: str) -> Choice:
         return Choice(op, shape, dtype_name, device, name, reason, {} if name == XLA else tiles)
 
     if implementation is not None:
-        if implementation != XLA and why_not is not None:
-            raise ValueError(f"{chosen(implementation, 'asked for by name')}: {why_not}")
-        return _record(chosen(implementation, "asked for by name"))
-    if row is None:
+        name, reason = implementation, "asked for by name"
+    elif row is not None:
+        name, reason = row.fastest, "measured fastest"
+    else:
         return _record(chosen(XLA, "no kernel is measured"), fell_back=is_hopper(device))
-    if row.fastest != XLA and why_not is not None:
-        return _record(chosen(XLA, why_not), fell_back=True)
-    return _record(chosen(row.fastest, "measured fastest"))
+    if name == XLA:
+        return _record(chosen(name, reason))
+    why_not = unsupported(shape, dtype, tiles)
+    if why_not is None and name != INTERPRETED and not is_hopper(device):
+        why_not = "needs a Hopper GPU"
+    if why_not is None:
+        return _record(chosen(name, reason))
+    if implementation is not None:
+        raise ValueError(f"{chosen(name, reason)}: {why_not}")
+    return _record(chosen(XLA, why_not), fell_back=True)
 
 
 def _record(choice: Choice, *, fell_back: bool = False) -> Choice:

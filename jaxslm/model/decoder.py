@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxslm.config import ModelConfig
 from jaxslm.model.layers import Layer, RMSNorm
 from jaxslm.model.layout import Layout, Rows
+from pallas_kernels.dispatch import XLA
 
 Params = dict[str, Any]
 """`{"embedding": [V, D], "layers_0": {...}, ..., "final_norm": {"scale": [D]}, "head": [V, D] when untied}`."""
@@ -20,11 +21,14 @@ class Decoder(nn.Module):
     """A causal decoder without a head. `dtype` is what matrices compute in; parameters keep their own.
 
     `remat`: a backward pass computes each layer's activations again instead of keeping them.
+    `implementation`: of the ops that have kernels, as `pallas_kernels.dispatch.choose` takes it. Only XLA's have
+    gradients, so training keeps the default.
     """
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    implementation: str | None = XLA
 
     def setup(self) -> None:
         config = self.config
@@ -33,7 +37,7 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.head = self.param("head", initial, (config.vocab_size, config.width))
         layer = nn.remat(Layer, static_argnums=(3, 4)) if self.remat else Layer  # attend and read are functions
-        self.layers = [layer(config, index, self.dtype) for index in range(config.num_layers)]
+        self.layers = [layer(config, index, self.dtype, self.implementation) for index in range(config.num_layers)]
         self.final_norm = RMSNorm(config.norm_eps)
 
     def __call__(self, tokens: Int[Array, "*n"], layout: Layout) -> Float[Array, "*m D"]:

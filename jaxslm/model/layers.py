@@ -14,6 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxslm.config import ModelConfig, RopeScaling
+from pallas_kernels.dispatch import XLA
+from pallas_kernels.gated_mlp import gated_mlp
+from pallas_kernels.gated_mlp.reference import matmul
 
 Attend = Callable[[Array, Array, Array], Array]
 """(queries [..., K, G, H], keys [..., K, H], values [..., K, H]) -> outputs [..., K, G, H]."""
@@ -61,20 +64,6 @@ def rotate(x: Float[Array, "*n heads H"], angles: Float[Array, "*n half"]) -> Fl
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def matmul(x: Float[Array, "*n A"], w: Float[Array, "A B"]) -> Float[Array, "*n B"]:
-    """Returns x w in the dtype of x, accumulated in float32.
-
-    XLA's CPU compiler multiplies bfloat16 natively only if the product is asked for in float32, which is twice as fast.
-    """
-    if x.dtype == jnp.float32:
-        return x @ w
-    return jax.lax.platform_dependent(x, w, cpu=_rounded_float32_product, default=jnp.matmul)
-
-
-def _rounded_float32_product(x: Array, w: Array) -> Array:
-    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with optional q/k norm. Mask: `keep_kv_groups` [K], a KV head with its G query heads."""
 
@@ -113,13 +102,14 @@ class GatedMLP(nn.Module):
     width: int
     mlp_width: int
     dtype: DTypeLike
+    implementation: str | None = XLA
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         w_gate_DF = self.param("gate", _matrix, (self.width, self.mlp_width)).astype(self.dtype)
         w_up_DF = self.param("up", _matrix, (self.width, self.mlp_width)).astype(self.dtype)
         w_down_FD = self.param("down", _matrix, (self.mlp_width, self.width)).astype(self.dtype)
-        h = jax.nn.silu(matmul(x, w_gate_DF)) * matmul(x, w_up_DF)
+        h = gated_mlp(x, w_gate_DF, w_up_DF, implementation=self.implementation)
         if self.has_variable("masks", "keep_neurons"):
             keep_F: Array = self.get_variable("masks", "keep_neurons").astype(h.dtype)
             h = h * jnp.expand_dims(keep_F, tuple(range(h.ndim - 1)))
@@ -133,6 +123,7 @@ class Layer(nn.Module):
     config: ModelConfig
     index: int
     dtype: DTypeLike
+    implementation: str | None = XLA
 
     @nn.compact
     def __call__(
@@ -146,7 +137,8 @@ class Layer(nn.Module):
         normed = RMSNorm(config.norm_eps, name="attention_norm")(x)
         x_read, normed_read, angles_read = (each if read is None else read(each) for each in (x, normed, angles))
         attention = Attention(config, config.kv_heads_by_layer[self.index], self.dtype, name="attention")
-        mlp = GatedMLP(config.width, config.mlp_width_by_layer[self.index], self.dtype, name="mlp")
+        F = config.mlp_width_by_layer[self.index]
+        mlp = GatedMLP(config.width, F, self.dtype, self.implementation, name="mlp")
         keep: Array | float = 1.0
         if self.has_variable("masks", "keep_layer"):
             keep = self.get_variable("masks", "keep_layer").astype(x.dtype)

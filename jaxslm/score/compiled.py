@@ -32,7 +32,10 @@ def compute_dtype() -> jnp.dtype:
 
 
 def make_score_fn(
-    config: RankerConfig, devices: Sequence[jax.Device] | None = None, dtype: DTypeLike | None = None
+    config: RankerConfig,
+    devices: Sequence[jax.Device] | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
 ) -> ScoreFn:
     """Returns the jitted, pure `score_fn(params, batch) -> logits`, which compiles once per shape.
 
@@ -46,14 +49,18 @@ def make_score_fn(
         devices: with n > 1 of them, every array of the batch and the logits have a leading axis [n], one part for each
             device, and the parameters must be on all of them (`jaxslm.score.parallel.replicate`). One device if None.
         dtype: compute dtype; `compute_dtype()` if None.
+        implementation: of the ops that have kernels: "xla", "mosaic_gpu", or None for the fastest one measured on this
+            device (`pallas_kernels.dispatch.explain` says which). Tracing raises ValueError if it cannot run.
     """
     used = tuple(devices) if devices is not None else tuple(jax.local_devices()[:1])
-    return _make_score_fn(config, used, jnp.dtype(dtype or compute_dtype()))
+    return _make_score_fn(config, used, jnp.dtype(dtype or compute_dtype()), implementation)
 
 
 @cache
-def _make_score_fn(config: RankerConfig, devices: tuple[jax.Device, ...], dtype: jnp.dtype) -> ScoreFn:
-    decoder = Decoder(config.model, dtype)
+def _make_score_fn(
+    config: RankerConfig, devices: tuple[jax.Device, ...], dtype: jnp.dtype, implementation: str | None
+) -> ScoreFn:
+    decoder = Decoder(config.model, dtype, implementation=implementation)
 
     def score(params: Params, batch: Batch) -> Array:
         x: Array = decoder.apply({"params": params}, jnp.asarray(batch["tokens"]), method=Decoder.embed)  # type: ignore[assignment]
@@ -87,14 +94,21 @@ class CompiledScorer:
         dtype: DTypeLike | None = None,
         devices: Sequence[jax.Device] | None = None,
         buckets: BucketConfig | None = None,
+        implementation: str | None = None,
     ) -> None:
-        """Args: devices: all local accelerators if None. buckets: `default_buckets` of the platform if None."""
+        """Returns a scorer; nothing is compiled yet.
+
+        Args:
+            devices: all local accelerators if None.
+            buckets: `default_buckets` of the platform if None.
+            dtype, implementation: as in `make_score_fn`.
+        """
         self.config = config
         self.devices = tuple(devices) if devices is not None else tuple(scoring_devices())
         self.dtype = jnp.dtype(dtype or compute_dtype())
         self.buckets = buckets or default_buckets(self.devices[0].platform)
         self.params: Params = replicate(jax.tree.map(lambda leaf: leaf.astype(self.dtype), params), self.devices)
-        self.score_fn = make_score_fn(config, self.devices, self.dtype)
+        self.score_fn = make_score_fn(config, self.devices, self.dtype, implementation)
         self.packer = Packer(self.buckets)
 
     def logits(self, requests: Sequence[PackRequest]) -> Float32[np.ndarray, "n 2"]:

@@ -1,13 +1,14 @@
 """The gated half of a SwiGLU MLP (Shazeer, 2002.05202): gate and up projections and their product."""
 
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import INTERPRETED, XLA, choose, target_device
-from pallas_kernels.gated_mlp import mosaic_gpu, reference
-from pallas_kernels.interpret import interpret_params
+from pallas_kernels.gated_mlp import reference
 
 
 def gated_mlp(
@@ -30,9 +31,12 @@ def gated_mlp(
     """
     (*leading, D), F = x.shape, w_gate_DF.shape[1]
     shape = {"M": math.prod(leading), "D": D, "F": F}
-    choice = choose("gated_mlp", shape, x.dtype, mosaic_gpu.unsupported, implementation)
+    choice = choose("gated_mlp", shape, x.dtype, _unsupported, implementation)
     if choice.implementation == XLA:
         return reference.gated_mlp(x, w_gate_DF, w_up_DF)
+    from pallas_kernels.gated_mlp import mosaic_gpu
+    from pallas_kernels.interpret import interpret_params
+
     h_MF = mosaic_gpu.gated_mlp(
         x.reshape(-1, D),
         w_gate_DF,
@@ -42,3 +46,9 @@ def gated_mlp(
         interpret=interpret_params() if choice.implementation == INTERPRETED else None,
     )
     return jnp.reshape(h_MF, (*leading, F))
+
+
+def _unsupported(shape: Mapping[str, int], dtype: DTypeLike, tiles: Mapping[str, int]) -> str | None:
+    from pallas_kernels.gated_mlp import mosaic_gpu  # Pallas takes over a second to import
+
+    return mosaic_gpu.unsupported(shape, dtype, tiles)
