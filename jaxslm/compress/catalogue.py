@@ -127,7 +127,16 @@ def encode_file(model: Path, items: Path, store_url: str, *, k: int, dtype: Stor
         from jaxslm.compress.encoder import load_encoder
 
         encoder = load_encoder(model)
-        summary = encode_catalogue(encoder, read_records(items, Item), store, k=k, dtype=dtype, total=total)
+        start = time.perf_counter()
+        with progress() as bar:
+            task = bar.add_task("encoding items", total=total)
+
+            def show(summary: Summary) -> None:
+                rate = summary.encoded / (time.perf_counter() - start)
+                bar.update(task, completed=summary.done, description=f"encoding items, {rate:.1f}/s")
+
+            records = read_records(items, Item)
+            summary = encode_catalogue(encoder, records, store, k=k, dtype=dtype, on_progress=show)
         for reason, (count, first) in summary.reasons.items():
             console().print(f"{count} of {total} items failed, {first!r} first: {reason}", markup=False)
         return summary.to_json() | {"store": store.url}
@@ -154,7 +163,7 @@ def encode_catalogue(
     *,
     k: int,
     dtype: StorageDtype,
-    total: int | None = None,
+    on_progress: Callable[[Summary], None] | None = None,
 ) -> Summary:
     """Encodes the items that the store does not have yet and keeps them there; returns what was done.
 
@@ -163,7 +172,7 @@ def encode_catalogue(
 
     Args:
         items: ids must not repeat (`check_items`): of two texts under one id either may stay.
-        total: number of items, for the progress bar.
+        on_progress: is called with what was done so far, after each pass of the encoder at least.
 
     Raises:
         InputError: the encoder was not trained for this k.
@@ -171,16 +180,12 @@ def encode_catalogue(
     """
     if k not in encoder.ks:
         raise InputError(f"k = {k}: this compressor was trained for {', '.join(map(str, encoder.ks))}")
-    run = _Run(encoder, store, k, dtype)
+    run = _Run(encoder, store, k, dtype, on_progress or (lambda summary: None))
     start = time.perf_counter()
     stream = iter(items)
-    with progress() as bar:
-        task = bar.add_task("encoding items", total=total)
-        while chunk := list(islice(stream, _ITEMS_AT_ONCE)):
-            run.add(chunk)
-            rate = run.summary.encoded / (time.perf_counter() - start)
-            bar.update(task, completed=run.summary.done, description=f"encoding items, {rate:.0f}/s")
-        run.finish()
+    while chunk := list(islice(stream, _ITEMS_AT_ONCE)):
+        run.add(chunk)
+    run.finish()
     run.summary.seconds = time.perf_counter() - start
     return run.summary
 
@@ -193,8 +198,16 @@ def source_sha256(item: Item) -> str:
 class _Run:
     """Items on their way: collected by shape until a pass is full, then as records until a transaction is."""
 
-    def __init__(self, encoder: ItemEncoder, store: Store, k: int, dtype: StorageDtype) -> None:
+    def __init__(
+        self,
+        encoder: ItemEncoder,
+        store: Store,
+        k: int,
+        dtype: StorageDtype,
+        on_progress: Callable[[Summary], None],
+    ) -> None:
         self._encoder, self._store, self._k, self._dtype = encoder, store, k, dtype
+        self._on_progress = on_progress
         self._waiting: dict[tuple[int, int], list[Item]] = {}
         self._records: dict[str, bytes] = {}
         self.summary = Summary()
@@ -202,6 +215,7 @@ class _Run:
     def add(self, items: Sequence[Item]) -> None:
         """Takes items in; encodes what fills a pass."""
         outdated = self._outdated(items)
+        self._on_progress(self.summary)
         for item, tokens in self._each(outdated, self._encoder.token_counts):
             shape = self._encoder.pass_shape(tokens)
             self._waiting.setdefault(shape, []).append(item)
@@ -241,16 +255,19 @@ class _Run:
         for item, vectors in self._each(items, lambda some: self._encoder.encode(some, self._k)):
             try:
                 record = Record(self._encoder.identity, vectors, source_sha256(item))
-                self._records[item.id] = pack_record(record, self._dtype)
+                data = pack_record(record, self._dtype)
             except InputError as error:
                 self.summary.fail(item, error)
+                continue
+            self._records[item.id] = data
+            self.summary.encoded += 1
+            self.summary.bytes += len(data)
         if len(self._records) >= _RECORDS_PER_PUT:
             self._put()
+        self._on_progress(self.summary)
 
     def _put(self) -> None:
         self._store.put(self._records)
-        self.summary.encoded += len(self._records)
-        self.summary.bytes += sum(map(len, self._records.values()))
         self._records = {}
 
     def _each(

@@ -107,6 +107,17 @@ def test_items_that_fail_are_counted_with_their_reason(store: Store) -> None:
     assert (again.encoded, again.unchanged, again.failed) == (0, 295, 6)
 
 
+def test_progress_is_told_after_each_pass(store: Store) -> None:
+    encoder, done = FakeEncoder(), []
+    catalogue = [*items(500), Item(id="empty", text="")]
+    encode_catalogue(
+        encoder, catalogue, store, k=1, dtype="int8", on_progress=lambda summary: done.append(summary.done)
+    )
+    assert len(done) >= len(encoder.batches)
+    assert done == sorted(done)
+    assert done[-1] == 501
+
+
 def test_reasons_stay_few(store: Store) -> None:
     class Talkative(FakeEncoder):
         def encode(self, items: Any, k: int) -> np.ndarray:
