@@ -216,6 +216,32 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    model: Annotated[
+        Path | None, typer.Option("--model", help="A checkpoint folder; needed here or in --config.")
+    ] = None,
+    store: Annotated[str | None, typer.Option(metavar="URL", help="Item store: a folder or redis://HOST.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000 by default; 0 takes a free one.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings as TOML: jaxslm/serve/settings.py lists them.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="a.b=value, instead of the file's.")] = None,
+) -> None:
+    """Serve scores over HTTP until SIGTERM or Ctrl-C. API keys: JAXSLM_API_KEYS, JAXSLM_ADMIN_KEY or a keys_file.
+
+    Example: jaxslm serve --model ranker --port 8000 --set deadline_ms=500.0
+    """
+    from jaxslm.config import load_toml
+    from jaxslm.serve.run import serve as run
+    from jaxslm.serve.settings import ServeSettings
+
+    options = {"model": model and str(model), "store": store, "host": host, "port": port}
+    given = tuple(f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None)
+    settings = load_toml(config, ServeSettings, (*given, *(overrides or ())))
+    _keep_compiled_programs()
+    _answer(run(settings))
+
+
+@app.command()
 def quickstart(
     out: Annotated[Path, typer.Option("--out", help="Working folder; what is done is reused.")] = Path("quickstart"),
 ) -> None:

@@ -170,14 +170,17 @@ class BucketConfig(Settings):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-def load_toml(path: Path, kind: type[SettingsT], overrides: tuple[str, ...] = ()) -> SettingsT:
+def load_toml(path: Path | None, kind: type[SettingsT], overrides: tuple[str, ...] = ()) -> SettingsT:
     """Returns the settings of a TOML file after `a.b=value` overrides; a value is read as TOML, else as a string.
+
+    Args:
+        path: None: the overrides are all there is.
 
     Raises:
         InputError: no such file, broken TOML, an unknown field or a value against its rule.
     """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -186,7 +189,7 @@ def load_toml(path: Path, kind: type[SettingsT], overrides: tuple[str, ...] = ()
         raise InputError(f"{path}: broken TOML ({error})") from None
     for override in overrides:
         _apply_override(tree, override)
-    return validate(kind, tree, str(path))
+    return validate(kind, tree, "settings" if path is None else str(path))
 
 
 def validate(kind: type[SettingsT], tree: Any, where: str) -> SettingsT:
