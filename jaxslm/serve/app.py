@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -235,22 +236,21 @@ def create_app(engine: Engine) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(engine: Engine, service: Service) -> AsyncIterator[None]:
-    async def start() -> None:
-        await asyncio.to_thread(engine.warm_up)
-        await engine.health.watch()
-
-    task = asyncio.create_task(start())
-    task.add_done_callback(_stop_if_failed)
+    # A thread that the process does not wait for when it is told to end in the middle of a compilation.
+    threading.Thread(target=_warm_up, args=(engine,), name="warm-up", daemon=True).start()
+    watchdog = asyncio.create_task(engine.health.watch())
     yield
-    task.cancel()
+    watchdog.cancel()
     service.close()
     await asyncio.to_thread(engine.close)
 
 
-def _stop_if_failed(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.critical("cannot serve", exc_info=error)
-        asyncio.get_running_loop().stop()
+def _warm_up(engine: Engine) -> None:
+    try:
+        engine.warm_up()
+    except Exception:  # whatever it is, the process must end and say why
+        logger.critical("cannot serve: warm-up failed", exc_info=True)
+        engine.health.state = "failed"
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -164,7 +164,8 @@ class Batcher:
             self._stopping = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def submit(self, request: PackRequest, deadline: float) -> Job:
         """Queues a request; its `future` gets the logits, or DeadlineError, DeviceError or InputError.
@@ -174,6 +175,9 @@ class Batcher:
         """
         job = Job(request, deadline)
         with self._changed:
+            if self._stopping:
+                job.fail(DeviceError())
+                return job
             if not self._queued_tokens:
                 self._waiting_since = job.submitted
             heapq.heappush(self._heaps.setdefault(request.vectors_per_item, []), (deadline, next(self._numbers), job))

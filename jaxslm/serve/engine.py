@@ -102,7 +102,6 @@ class Engine:
 
     def close(self) -> None:
         """Scores what waits and closes the store."""
-        if self.health.state != "warming":
-            self.batcher.stop()
+        self.batcher.stop()
         if self.catalogue is not None:
             self.catalogue.close()

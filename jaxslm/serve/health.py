@@ -9,7 +9,7 @@ from jaxslm.score.packing import PackRequest
 from jaxslm.score.warmup import compilations
 from jaxslm.serve.batcher import Batcher, DeadlineError, DeviceError
 
-State = Literal["warming", "ready", "draining"]
+State = Literal["warming", "ready", "draining", "failed"]
 TICK_S = 0.25
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,10 @@ class Health:
         self._compiled_when_ready: int | None = None
 
     def ready(self) -> None:
-        """Everything is compiled and has run: requests are welcome."""
+        """Everything is compiled and has run: requests are welcome, unless the server is about to end already."""
         self._compiled_when_ready = compilations()
-        self.state = "ready"
+        if self.state == "warming":
+            self.state = "ready"
 
     @property
     def compilations(self) -> int:

@@ -87,8 +87,10 @@ class Server(uvicorn.Server):
         self._drain_until = time.monotonic() + self.service.settings.drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        """Ends when nothing is left to answer."""
+        """Ends when nothing is left to answer, or when the server will never be ready."""
         if self._drain_until is not None and (not self.service.active or time.monotonic() > self._drain_until):
+            self.should_exit = True
+        if self.service.engine.health.state == "failed":
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -97,6 +99,7 @@ def serve(settings: ServeSettings) -> dict[str, Any]:
     """Serves until a signal; returns what was done as a JSON-able dict.
 
     Raises:
+        RuntimeError: warm-up failed; the log says why.
         InputError: the checkpoint, a key, the buckets or a URL breaks a rule.
         StoreUnavailable: store or cache does not answer.
     """
@@ -124,6 +127,8 @@ def serve(settings: ServeSettings) -> dict[str, Any]:
     logger.info("listening", extra={"fields": {"url": f"http://{host}:{port}", "model": settings.name}})
     start = time.monotonic()
     Server(config, app.state.service).run(sockets=[socket])
+    if engine.health.state == "failed":
+        raise RuntimeError("warm-up failed")
     requests = sum(
         sample.value
         for metric in engine.metrics.requests.collect()

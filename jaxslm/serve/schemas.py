@@ -87,7 +87,7 @@ class ScoreResponse(BaseModel):
     label_token_ids: list[int]
     logits: list[float | None] = Field(description="z_yes - z_no")
     calibrated: list[float | None] | None = Field(
-        None, description="P(yes) by the calibration of the settings; null without one"
+        None, description="P(yes) by the checkpoint's calibration; null if it has none"
     )
     truncated: list[bool]
     status: list[ItemStatus] = Field(

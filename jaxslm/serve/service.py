@@ -240,7 +240,7 @@ class Service:
         exps = np.exp(chosen - chosen.max(axis=1, keepdims=True)) if len(chosen) else chosen
         scores = exps / exps.sum(axis=1, keepdims=True)
         log_odds = Scores(prepared.logits, prepared.truncated).log_odds
-        calibration = self.settings.calibration
+        calibration = self.engine.ranker.manifest.calibration
         return ScoreResponse(
             scores=_or_none(scores, known),
             model=self.settings.name,

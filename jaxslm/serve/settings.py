@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from pydantic import Field
 
 from jaxslm.config import NonEmpty, Positive, Settings
@@ -29,17 +28,6 @@ class CacheSettings(Settings):
     max_items: Positive = 1_000_000
 
 
-class CalibrationSettings(Settings):
-    """P(yes) = sigmoid(scale * z + bias), as `jaxslm.evaluate.calibration` fits it."""
-
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    bias: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-
-    def apply(self, log_odds: np.ndarray) -> np.ndarray:
-        """Returns calibrated probabilities, float64, same shape."""
-        return 0.5 * (1.0 + np.tanh(0.5 * (self.scale * log_odds.astype(np.float64) + self.bias)))
-
-
 class ServeSettings(Settings):
     """What `jaxslm serve` can be told; times in the unit of their name.
 
@@ -58,7 +46,7 @@ class ServeSettings(Settings):
         drain_s: how long a stopping server waits for accepted requests.
         keys_file: API keys, one per line, # for comments; besides those of JAXSLM_API_KEYS.
         store_dtype: how `PUT /v1/items` stores vectors.
-        cache: the score cache. calibration: of the probabilities that answers call calibrated.
+        cache: the score cache.
     """
 
     model: NonEmpty
@@ -80,7 +68,6 @@ class ServeSettings(Settings):
     keys_file: NonEmpty | None = None
     store_dtype: StorageDtype = "int8"
     cache: CacheSettings | None = None
-    calibration: CalibrationSettings | None = None
 
     @property
     def name(self) -> str:
