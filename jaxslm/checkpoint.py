@@ -11,6 +11,7 @@ whenever they are asked for.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,7 @@ import numpy as np
 from pydantic import model_validator
 
 from jaxslm.atomic import new_folder
-from jaxslm.config import CompressorConfig, RankerConfig, Settings, validate
+from jaxslm.config import Calibration, CompressorConfig, RankerConfig, Settings, validate
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params, abstract_params
 from jaxslm.prompt import Prompt
@@ -54,6 +55,7 @@ class Manifest(Settings):
         metrics: figures of this checkpoint by name, e.g. "dev_ndcg_at_10".
         versions: packages that wrote it. extra: further items, by the name of their folder.
         compressor: what the item "compressor" is, where there is one.
+        calibration: of the probabilities, where one was fitted (`jaxslm calibrate`); for these weights alone.
     """
 
     format_version: int
@@ -69,6 +71,7 @@ class Manifest(Settings):
     versions: dict[str, str] = {}
     extra: dict[str, ExtraItem] = {}
     compressor: CompressorConfig | None = None
+    calibration: Calibration | None = None
 
     @model_validator(mode="after")
     def _vectors_are_as_wide_as_the_ranker(self) -> "Manifest":
@@ -177,6 +180,23 @@ def save_checkpoint(
 
 def load_manifest(path: Path) -> Manifest:
     """Returns the manifest of a checkpoint folder; raises InputError if there is none or its version is unknown."""
+def copy_calibrated(path: Path, out: Path, calibration: Calibration, metrics: Mapping[str, float]) -> Manifest:
+    """Writes a copy of a checkpoint that carries a calibration, with `metrics` beside its own; returns its manifest.
+
+    Raises:
+        InputError: no checkpoint at `path`, or `out` exists or cannot be written.
+    """
+    known = load_manifest(path)
+    manifest = known.model_copy(update={"calibration": calibration, "metrics": known.metrics | dict(metrics)})
+    with new_folder(out) as folder:
+        try:
+            shutil.copytree(path, folder, dirs_exist_ok=True)
+            (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{out}: cannot write it ({error.strerror or error})") from error
+    return manifest
+
+
     file = path / "manifest.json"
     try:
         tree = json.loads(file.read_bytes())

@@ -193,7 +193,7 @@ def score(
     from jaxslm.score.files import score_file
 
     _keep_compiled_programs()
-    _answer(score_file(model, input_file, output, buckets))
+    _answer(score_file(model, input_file, output, buckets, calibrated=calibrated))
 
 
 @app.command("eval")
@@ -231,6 +231,9 @@ def serve(
     Example: jaxslm serve --model ranker --port 8000 --set deadline_ms=500.0
     """
     from jaxslm.config import load_toml
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Add P(yes) by the checkpoint's calibration.")
+    ] = False,
     from jaxslm.serve.run import serve as run
     from jaxslm.serve.settings import ServeSettings
 
@@ -287,6 +290,27 @@ def bench_score(
             repeats=repeats,
             items=items,
             prefix=prefix,
+@app.command()
+def calibrate(
+    model: Checkpoint,
+    data: Annotated[Path, typer.Option("--data", help="Folder with items.jsonl and the split's queries.")],
+    out: NewPath,
+    split: Annotated[str, typer.Option(help="Held-out queries: DATA/SPLIT.jsonl or .parquet.")] = "dev",
+    method: Annotated[Literal["platt", "temperature"], typer.Option(help="Scale and bias, or scale alone.")] = "platt",
+    candidates: Annotated[int, typer.Option(min=0, help="BM25 candidates per query, beside the judged items.")] = 50,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many queries, a fixed sample.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Reliability before and after: .svg or .png to write.")] = None,
+) -> None:
+    """Copy a checkpoint with a calibration of its probabilities: fitted on half of the queries, measured on the rest.
+
+    Example: jaxslm calibrate --model ranker --data demo/jobs --split dev --limit 100 --out calibrated
+    """
+    from jaxslm.evaluate.calibrate import calibrate_checkpoint
+
+    _keep_compiled_programs()
+    _answer(calibrate_checkpoint(model, data, out, split, method=method, k=candidates, limit=limit, plot=plot))
+
+
             item_tokens=item_tokens,
             options=options,
         )

@@ -2,11 +2,14 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jaxslm.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -140,6 +143,32 @@ class CompressorConfig(Settings):
 
 class Bucket(Settings):
     """One static shape of a scoring forward pass (`jaxslm.model.layout.SharedPrefix`).
+class Calibration(Settings):
+    """P(yes) = sigmoid(scale * z + bias), z = z_yes - z_no. The scale is positive, so the order of items never changes.
+
+    (Logits of a magnitude above about 36 share the probability 1.0 in float64: rank by logits, not by probabilities.)
+
+    Attributes:
+        method: how `jaxslm.evaluate.calibration` fitted it; "none" changes nothing.
+    """
+
+    method: Literal["none", "temperature", "platt"] = "none"
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    bias: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+
+    def log_odds(self, logits: "np.ndarray") -> "np.ndarray":
+        """Returns scale * z + bias, float64, same shape."""
+        return self.scale * logits.astype("float64") + self.bias
+
+    def apply(self, logits: "np.ndarray") -> "np.ndarray":
+        """Returns probabilities in [0, 1], float64, same shape."""
+        import numpy as np
+
+        log_odds = self.log_odds(logits)
+        small = np.exp(-np.abs(log_odds))
+        return np.where(log_odds >= 0, 1, small) / (1 + small)
+
+
 
     Attributes:
         tokens: M, the flat token places. rows: R, each with room for one prefix and `items_per_row` items.

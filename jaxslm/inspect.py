@@ -31,6 +31,7 @@ def describe(checkpoint: Path) -> dict[str, Any]:
         "parent": manifest.parent,
         "template_sha256": manifest.template_sha256,
         "metrics": manifest.metrics,
+        "calibration": manifest.calibration.model_dump() if manifest.calibration else None,
         "versions": manifest.versions,
     }
 
@@ -57,6 +58,9 @@ def print_card(card: dict[str, Any]) -> None:
         "weights": f"sha256 {card['params_sha256'][:16]}…"
         + (f", made from {card['parent'][:16]}…" if card["parent"] else ""),
     }
+    if calibration := card["calibration"]:
+        scale, bias = calibration["scale"], calibration["bias"]
+        rows["calibration"] = f"P(yes) = sigmoid({scale:.4g} z {bias:+.4g}), {calibration['method']}"
     rows |= {name: f"{value:.4f}" for name, value in card["metrics"].items()}
     table = Table(title=card["checkpoint"], show_header=False, title_justify="left")
     for name, text in rows.items():

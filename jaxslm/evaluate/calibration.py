@@ -3,67 +3,18 @@
 Pruning and compression move the scale of the logits, which ranking metrics cannot see: fit again after each.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 import numpy as np
 
+from jaxslm.config import Calibration
 from jaxslm.errors import InputError
-
-Method = Literal["none", "temperature", "platt"]
 
 BINS = 15
 RIDGE = 1e-6  # weight of the mean squared calibrated log-odds; keeps separable data finite (log-odds end near 11)
 MIN_SPREAD = 1e-3  # least spread of scale * logits (root mean square, or standard deviation with a bias): scale > 0
 
 _MAX_STEPS = 200
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """P(yes) = sigmoid(scale * z + bias). The scale is positive, so the order of items never changes.
-
-    (Logits of a magnitude above about 36 share the probability 1.0 in float64: rank by logits, not by probabilities.)
-
-    Raises:
-        InputError: the scale is not a positive number, or the bias is not finite.
-    """
-
-    scale: float = 1.0
-    bias: float = 0.0
-    method: Method = "none"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise InputError(f"calibration scale must be a positive number, not {self.scale}")
-        if not math.isfinite(self.bias):
-            raise InputError(f"calibration bias must be a finite number, not {self.bias}")
-
-    def log_odds(self, logits: np.ndarray) -> np.ndarray:
-        """Returns scale * z + bias, float64, same shape."""
-        return self.scale * np.asarray(logits, dtype=np.float64) + self.bias
-
-    def apply(self, logits: np.ndarray) -> np.ndarray:
-        """Returns probabilities in [0, 1], float64, same shape."""
-        return _sigmoid(self.log_odds(logits))
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns {"method", "scale", "bias"}."""
-        return {"method": self.method, "scale": self.scale, "bias": self.bias}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Calibration":
-        """Returns the calibration that `to_json` wrote. Raises InputError on other fields or values."""
-        if set(data) != {"method", "scale", "bias"}:
-            raise InputError(f"a calibration has the fields bias, method and scale, not {sorted(data)}")
-        if data["method"] not in get_args(Method):
-            raise InputError(f"calibration method {data['method']!r} is not one of {', '.join(get_args(Method))}")
-        for name in ("scale", "bias"):
-            if isinstance(data[name], bool) or not isinstance(data[name], int | float):
-                raise InputError(f"calibration {name} must be a number, not {data[name]!r}")
-        return cls(scale=float(data["scale"]), bias=float(data["bias"]), method=data["method"])
 
 
 @dataclass(frozen=True)
@@ -208,7 +159,7 @@ def _newton(features: np.ndarray, labels: np.ndarray, offset: np.ndarray) -> np.
         return weights
     for _ in range(_MAX_STEPS):
         log_odds = features @ weights + offset
-        probability = _sigmoid(log_odds)
+        probability = Calibration().apply(log_odds)
         gradient = features.T @ (probability - labels + RIDGE * log_odds) / len(labels)
         curvature = probability * (1 - probability) + RIDGE
         step = np.linalg.solve(features.T @ (features * curvature[:, None]) / len(labels), gradient)
@@ -220,11 +171,6 @@ def _newton(features: np.ndarray, labels: np.ndarray, offset: np.ndarray) -> np.
             length /= 2
         weights = weights - length * step
     raise InputError(f"calibration did not converge in {_MAX_STEPS} Newton steps: check the logits")
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    small = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + small), small / (1 + small))
 
 
 def _pairs(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -136,7 +136,7 @@ def evaluate_ranker(
         raise InputError(f"none of the {len(queries)} queries has a relevant judged item (label >= {RELEVANT_LABEL})")
     chosen = sample_queries(eligible, limit, seed)
     lists = candidates(chosen, items, k)
-    run, seconds = _score_all(score, chosen, lists, items)
+    run, seconds = score_candidates(score, chosen, lists, items)
     bm25_run = {each.query_id: dict(zip(each.ids, each.bm25.tolist(), strict=True)) for each in lists}
     labels = labels_of(chosen)
     ranker, bm25 = evaluate_run(labels, run), evaluate_run(labels, bm25_run)
@@ -193,10 +193,14 @@ def print_report(report: Report) -> None:
     console().print(report_table(report))
 
 
-def _score_all(
+def score_candidates(
     score: Score, queries: Sequence[Query], lists: Sequence[CandidateList], items: Mapping[str, Item]
 ) -> tuple[dict[str, dict[str, float]], float]:
-    """Returns the run and the seconds spent in `score`, with a progress bar in items."""
+    """Returns the run of `score` over the candidates of each query, and the seconds spent in it; shows a progress bar.
+
+    Raises:
+        InputError: `score` returns a wrong shape or NaN.
+    """
     run: dict[str, dict[str, float]] = {}
     seconds, done = 0.0, 0
     with progress() as bar:

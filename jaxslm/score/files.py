@@ -12,7 +12,9 @@ from jaxslm.errors import InputError
 from jaxslm.progress import console, progress
 
 
-def score_file(model: Path, input_file: Path, output: Path, buckets: Path | None = None) -> dict[str, Any]:
+def score_file(
+    model: Path, input_file: Path, output: Path, buckets: Path | None = None, *, calibrated: bool = False
+) -> dict[str, Any]:
     """Scores every request of a file; returns a summary as a JSON-able dict.
 
     A line of the output is `{"scores": [P(yes)], "logits": [z_yes - z_no], "truncated": [bool]}`, in the order of the
@@ -20,11 +22,15 @@ def score_file(model: Path, input_file: Path, output: Path, buckets: Path | None
 
     Args:
         buckets: TOML of `jaxslm bench fit-buckets`; the defaults if None.
+        calibrated: adds "calibrated": [P(yes)] to every line, by the checkpoint's calibration.
 
     Raises:
-        InputError: the output exists, or the checkpoint or a line of the input breaks a rule.
+        InputError: the output exists, the checkpoint carries no calibration to apply, or it or a line of the input
+            breaks a rule.
     """
     refuse_existing(output)
+    if calibrated:
+        _check_calibration(model)
     fitted = load_toml(buckets, BucketConfig) if buckets else None
     num_items = 0
     for number, request in enumerate(read_records(input_file, Request), start=1):
@@ -48,6 +54,8 @@ def score_file(model: Path, input_file: Path, output: Path, buckets: Path | None
                 "logits": scores.log_odds.tolist(),
                 "truncated": scores.truncated,
             }
+            if calibrated:
+                answer["calibrated"] = scores.calibrated.tolist()
             lines.write(json.dumps(answer) + "\n")
             num_requests += 1
             num_truncated += sum(scores.truncated)
@@ -64,6 +72,13 @@ def score_file(model: Path, input_file: Path, output: Path, buckets: Path | None
         "seconds": round(seconds, 3),
         "items_per_s": round(num_items / seconds, 2),
     }
+
+
+def _check_calibration(model: Path) -> None:
+    from jaxslm.checkpoint import load_manifest
+
+    if load_manifest(model).calibration is None:
+        raise InputError(f"{model}: carries no calibration; `jaxslm calibrate` makes a checkpoint that does")
 
 
 def _texts(input_file: Path, number: int, request: Request) -> list[str | Item]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxslm.checkpoint import Checkpoint, load_checkpoint
-from jaxslm.config import BucketConfig
+from jaxslm.config import BucketConfig, Calibration
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
@@ -26,10 +26,14 @@ __all__ = ["Ranker", "Scores", "VectorRequest", "compute_dtype", "load", "make_s
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one request, in the order of its items: `logits` float32 [J, 2] of (no, yes), `truncated` per item."""
+    """Scores of one request, in the order of its items: `logits` float32 [J, 2] of (no, yes), `truncated` per item.
+
+    `calibration` is the checkpoint's, None if it has none.
+    """
 
     logits: np.ndarray
     truncated: list[bool]
+    calibration: Calibration | None = None
 
     @property
     def log_odds(self) -> np.ndarray:
@@ -40,6 +44,13 @@ class Scores:
     def probabilities(self) -> np.ndarray:
         """P(yes) = sigmoid(log-odds), float32 [J] in [0, 1]."""
         return (0.5 * (1.0 + np.tanh(0.5 * self.log_odds))).astype(np.float32)
+
+    @property
+    def calibrated(self) -> np.ndarray:
+        """Calibrated P(yes), float32 [J] in [0, 1]; raises InputError if the checkpoint carries no calibration."""
+        if self.calibration is None:
+            raise InputError("this checkpoint carries no calibration: `jaxslm calibrate` makes one that does")
+        return self.calibration.apply(self.log_odds).astype(np.float32)
 
 
 class Ranker:
@@ -102,7 +113,8 @@ class Ranker:
         logits = self.scorer.logits([PackRequest(request.prefix_ids, request.item_ids) for request in requests])
         ends = np.cumsum([len(request.item_ids) for request in requests])
         parts = np.split(logits, ends[:-1])
-        return [Scores(part, request.truncated) for part, request in zip(parts, requests, strict=True)]
+        calibration = self.manifest.calibration
+        return [Scores(part, request.truncated, calibration) for part, request in zip(parts, requests, strict=True)]
 
     def score_vectors(self, query: str, vectors: Vectors, texts: Sequence[str] | None = None) -> Scores:
         """Returns the scores of items that are given as embedding tokens, [C, D] each.
@@ -120,7 +132,8 @@ class Ranker:
         """Returns the scores of several requests, which share forward passes; raises as `score_vectors`."""
         if self.vector_scorer is None:
             raise InputError("this ranker reads no embedding tokens: `jaxslm train compressor` makes one that does")
-        return [Scores(logits, [False] * len(logits)) for logits in self.vector_scorer.logits(requests)]
+        calibration = self.manifest.calibration
+        return [Scores(logits, [False] * len(logits), calibration) for logits in self.vector_scorer.logits(requests)]
 
     def label_logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Returns the last token's logits of (no, yes) for rows of token ids, float32 [rows, 2]; adds no template.
