@@ -143,6 +143,8 @@ def save_checkpoint(
     for name in extra:
         if not name.isidentifier() or name in OWN_NAMES:
             raise InputError(f"checkpoint item {name!r}: must be a plain word other than {', '.join(OWN_NAMES)}")
+        if any(leaf.dtype.itemsize == 8 for leaf in jax.tree.leaves(extra[name])):
+            raise InputError(f"checkpoint item {name!r}: 64-bit numbers would come back as 32-bit ones")
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
     if dtypes not in ({"float32"}, {"bfloat16"}):
         raise InputError(f"parameters: must all be float32 or all be bfloat16, are {', '.join(sorted(dtypes))}")
@@ -178,8 +180,6 @@ def save_checkpoint(
     return manifest
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Returns the manifest of a checkpoint folder; raises InputError if there is none or its version is unknown."""
 def copy_calibrated(path: Path, out: Path, calibration: Calibration, metrics: Mapping[str, float]) -> Manifest:
     """Writes a copy of a checkpoint that carries a calibration, with `metrics` beside its own; returns its manifest.
 
@@ -197,6 +197,8 @@ def copy_calibrated(path: Path, out: Path, calibration: Calibration, metrics: Ma
     return manifest
 
 
+def load_manifest(path: Path) -> Manifest:
+    """Returns the manifest of a checkpoint folder; raises InputError if there is none or its version is unknown."""
     file = path / "manifest.json"
     try:
         tree = json.loads(file.read_bytes())

@@ -160,6 +160,51 @@ def train(
 
 
 @app.command()
+def prune(
+    model: Checkpoint,
+    calibration: Annotated[Path, typer.Option(help="Requests as `score` reads them; with --items, queries.")],
+    out: NewPath,
+    items: Annotated[Path | None, typer.Option(help="Items that the queries of --calibration judge.")] = None,
+    mlp_keep: Annotated[int | None, typer.Option(help="Neurons to keep in every layer.")] = None,
+    drop_layers: Annotated[int, typer.Option(min=0, help="Layers to drop.")] = 0,
+    kv_groups_keep: Annotated[int | None, typer.Option(help="KV groups to keep in every layer.")] = None,
+    vocab_keep: Annotated[Path | None, typer.Option(help="Items whose tokens are the vocabulary to keep.")] = None,
+    criterion: Annotated[
+        Literal["osscar", "flap", "wanda", "activation", "magnitude", "random"],
+        typer.Option(help="Which neurons and groups stay."),
+    ] = "osscar",
+    refit: Annotated[bool, typer.Option(help="Fit what stays to the dense outputs by least squares.")] = True,
+    depth_criterion: Annotated[
+        Literal["last", "keep-last-1", "keep-last-2", "block-influence", "greedy"],
+        typer.Option(help="Which layers go; greedy measures nDCG@10 and needs --items."),
+    ] = "last",
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts to read.")] = 65_536,
+    width_multiple: Annotated[int, typer.Option(min=1, help="--mlp-keep must be a multiple of it.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts' choice and of --criterion random.")] = 0,
+) -> None:
+    """Drop layers, neurons and KV groups, and fit what stays to the dense model's outputs.
+
+    Example: jaxslm prune --model ranker --calibration requests.jsonl --mlp-keep 768 --drop-layers 10 --out pruned
+    """
+    from jaxslm.prune.checkpoints import prune_checkpoint
+    from jaxslm.prune.model import PruneSettings
+
+    _keep_compiled_programs()
+    settings = PruneSettings(
+        mlp_keep=mlp_keep,
+        kv_groups_keep=kv_groups_keep,
+        drop_layers=drop_layers,
+        criterion=criterion,
+        refit=refit,
+        depth_criterion=depth_criterion,
+        calibration_tokens=calibration_tokens,
+        width_multiple=width_multiple,
+        seed=seed,
+    )
+    _answer(prune_checkpoint(model, calibration, out, settings, items=items, vocab_keep=vocab_keep))
+
+
+@app.command()
 def encode(
     model: Checkpoint,
     items: Annotated[Path, typer.Option("--items", help="Items to encode: .jsonl or .parquet.")],
@@ -185,6 +230,9 @@ def score(
     input_file: Annotated[Path, typer.Option("--input", help='JSON Lines: {"query": ..., "items": [{"text": ...}]}')],
     output: Annotated[Path, typer.Option("--output", help="JSON Lines to write; must not exist.")],
     buckets: Annotated[Path | None, typer.Option(help="Shapes to compile, from `jaxslm bench fit-buckets`.")] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Add P(yes) by the checkpoint's calibration.")
+    ] = False,
 ) -> None:
     """Score items against queries: P(yes) and log-odds per item, in input order.
 
@@ -231,9 +279,6 @@ def serve(
     Example: jaxslm serve --model ranker --port 8000 --set deadline_ms=500.0
     """
     from jaxslm.config import load_toml
-    calibrated: Annotated[
-        bool, typer.Option("--calibrated", help="Add P(yes) by the checkpoint's calibration.")
-    ] = False,
     from jaxslm.serve.run import serve as run
     from jaxslm.serve.settings import ServeSettings
 
@@ -242,6 +287,27 @@ def serve(
     settings = load_toml(config, ServeSettings, (*given, *(overrides or ())))
     _keep_compiled_programs()
     _answer(run(settings))
+
+
+@app.command()
+def calibrate(
+    model: Checkpoint,
+    data: Annotated[Path, typer.Option("--data", help="Folder with items.jsonl and the split's queries.")],
+    out: NewPath,
+    split: Annotated[str, typer.Option(help="Held-out queries: DATA/SPLIT.jsonl or .parquet.")] = "dev",
+    method: Annotated[Literal["platt", "temperature"], typer.Option(help="Scale and bias, or scale alone.")] = "platt",
+    candidates: Annotated[int, typer.Option(min=0, help="BM25 candidates per query, beside the judged items.")] = 50,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many queries, a fixed sample.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Reliability before and after: .svg or .png to write.")] = None,
+) -> None:
+    """Copy a checkpoint with a calibration of its probabilities: fitted on half of the queries, measured on the rest.
+
+    Example: jaxslm calibrate --model ranker --data demo/jobs --split dev --limit 100 --out calibrated
+    """
+    from jaxslm.evaluate.calibrate import calibrate_checkpoint
+
+    _keep_compiled_programs()
+    _answer(calibrate_checkpoint(model, data, out, split, method=method, k=candidates, limit=limit, plot=plot))
 
 
 @app.command()
@@ -290,27 +356,6 @@ def bench_score(
             repeats=repeats,
             items=items,
             prefix=prefix,
-@app.command()
-def calibrate(
-    model: Checkpoint,
-    data: Annotated[Path, typer.Option("--data", help="Folder with items.jsonl and the split's queries.")],
-    out: NewPath,
-    split: Annotated[str, typer.Option(help="Held-out queries: DATA/SPLIT.jsonl or .parquet.")] = "dev",
-    method: Annotated[Literal["platt", "temperature"], typer.Option(help="Scale and bias, or scale alone.")] = "platt",
-    candidates: Annotated[int, typer.Option(min=0, help="BM25 candidates per query, beside the judged items.")] = 50,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many queries, a fixed sample.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Reliability before and after: .svg or .png to write.")] = None,
-) -> None:
-    """Copy a checkpoint with a calibration of its probabilities: fitted on half of the queries, measured on the rest.
-
-    Example: jaxslm calibrate --model ranker --data demo/jobs --split dev --limit 100 --out calibrated
-    """
-    from jaxslm.evaluate.calibrate import calibrate_checkpoint
-
-    _keep_compiled_programs()
-    _answer(calibrate_checkpoint(model, data, out, split, method=method, k=candidates, limit=limit, plot=plot))
-
-
             item_tokens=item_tokens,
             options=options,
         )

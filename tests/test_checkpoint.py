@@ -133,6 +133,14 @@ def test_names_of_further_items(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_that_would_not_come_back(tmp_path: Path) -> None:
+    config = tiny_ranker_config(tiny_config(num_layers=1))
+    extra = {"masks": {"index": np.arange(3, dtype=np.int64)}}
+    with pytest.raises(InputError, match="'masks': 64-bit numbers"):
+        save_checkpoint(tmp_path / "ckpt", config, tiny_params(config.model), TOKENIZER, source="x", extra=extra)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_hash_sees_names_shapes_dtypes_and_values() -> None:
     leaf = jnp.arange(6, dtype=jnp.float32)
     trees = [

@@ -27,6 +27,7 @@ from jaxslm.prompt import EncodedRequest, Prompt
 from jaxslm.prune.masks import Masks
 from jaxslm.score.buckets import make_bucket
 from jaxslm.score.packing import Forward, Packer, PackRequest
+from pallas_kernels.dispatch import XLA
 
 ITEMS_PER_REQUEST = 16
 """Items of a request that calibrate; a longer list gives every n-th, judged ones in the order of their labels."""
@@ -87,6 +88,15 @@ def read_calibration(path: Path, items: Path | None, prompt: Prompt, *, max_toke
             break
     chosen_labels = tuple(labels[index] for index in chosen) if labels is not None else None
     return pack_calibration(encoded, chosen_labels)
+
+
+def request_texts(path: Path, items: Path | None) -> Iterator[str]:
+    """Yields every query, title and text of a calibration file; arguments and errors as `read_calibration`."""
+    requests, _ = _requests(path) if items is None else _judged(path, read_items(items))
+    for query, texts in requests:
+        yield query
+        for text in texts:
+            yield from (text,) if isinstance(text, str) else (text.title or "", text.text)
 
 
 def pack_calibration(
@@ -170,7 +180,7 @@ def layer_functions(config: ModelConfig, layer: int) -> LayerFunctions:
 
 @cache
 def _layer_functions(config: ModelConfig) -> LayerFunctions:
-    layer = Layer(config, 0, jnp.dtype(jnp.float32))
+    layer = Layer(config, 0, jnp.dtype(jnp.float32), XLA)
 
     def apply(params: Params, x: Array, batch: Batch) -> tuple[Array, Any]:
         layout = SharedPrefix(batch["prefix"], batch["items"], x.shape[0])

@@ -67,7 +67,9 @@ def prune_projection(
     hessian = damped(projection.gram)
     weight, size = projection.weight, projection.group_size
     if criterion == "osscar":
-        kept, _ = greedy(hessian, weight, size, keep)
+        # Damping alone would give inputs that are always zero a price that grows with their weights.
+        alive = np.diagonal(projection.gram) > 0
+        kept, _ = greedy(hessian, np.where(alive[:, None], weight, 0.0), size, keep)
     else:
         kept = np.zeros(projection.groups, bool)
         kept[np.argsort(-_importance(projection, criterion, seed), kind="stable")[:keep]] = True

@@ -44,7 +44,7 @@ def prune_widths(
     params: Params,
     calibration: Calibration,
     target: WidthTarget,
-    done: Callable[[LayerReport], None] = lambda report: None,
+    done: Callable[[], None] = lambda: None,
 ) -> tuple[Params, Masks, list[LayerReport]]:
     """Prunes every layer to the target, in order, KV groups before neurons.
 
@@ -76,7 +76,7 @@ def prune_widths(
         for number, batch in enumerate(calibration.batches()):
             states[number] = functions.forward(pruned[name], states[number], batch)
         reports.append(LayerReport(layer, dead_neurons=dead, **errors))
-        done(reports[-1])
+        done()
     return pruned, masks, reports
 
 
