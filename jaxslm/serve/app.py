@@ -6,7 +6,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -37,7 +37,8 @@ from jaxslm.serve.schemas import (
     ScoreRequest,
     ScoreResponse,
 )
-from jaxslm.serve.service import Call, ClientGoneError, Service
+from jaxslm.serve.service import Call, ClientGoneError, Disconnected, Service
+from jaxslm.serve.settings import ServeSettings
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -142,13 +143,14 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3f}"
 
 
-async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
-    """Returns a request's body; never holds more than `max_bytes` of it.
+async def read_body(request: Request, settings: ServeSettings) -> bytes:
+    """Returns a request's body; never holds more than `max_body_bytes` of it.
 
     Raises:
         ApiError: 415 if it is not JSON by its type, 413 if it is too large, 408 if it takes too long.
         ClientGoneError: the client left before its end.
     """
+    max_bytes, seconds = settings.max_body_bytes, settings.read_timeout_s
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "unsupported_media_type", "content-type: must be application/json")
@@ -187,12 +189,6 @@ def parser(kind: type[BodyT], body: bytes) -> Callable[[], BodyT]:
             raise ApiError(422, "invalid_request", message, param=param or None) from None
 
     return parse
-
-
-def _json_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """The request body of a route in OpenAPI's words."""
-    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -278,70 +274,72 @@ def _answer(body: BaseModel) -> Response:
 
 
 def _add_scoring(app: FastAPI, service: Service) -> None:
-    settings = service.settings
+    def gone(request: Request) -> Disconnected:
+        async def wait() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
 
-    async def read(request: Request) -> bytes:
-        service.refuse_unless_admitted()
-        return await read_body(request, settings.max_body_bytes, settings.read_timeout_s)
+        return wait
 
-    async def gone(request: Request) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    @app.post(
-        "/v1/score", responses={200: {"model": ScoreResponse}, **_REFUSALS}, openapi_extra=_json_body(ScoreRequest)
-    )
     async def score(request: Request) -> Response:
         """Scores items against a query: SGLang's body, item ids, or embeddings."""
-        parse = parser(ScoreRequest, await read(request))
-        return _answer(await service.score(request.state.call, parse, lambda: gone(request)))
+        with service.admitted():
+            parse = parser(ScoreRequest, await read_body(request, service.settings))
+            return _answer(await service.score(request.state.call, parse, gone(request)))
 
-    def add_rerank(path: str, *, return_documents: bool) -> None:
+    _add(app, "POST", "/v1/score", score, ScoreRequest, ScoreResponse)
+
+    def rerank_route(*, return_documents: bool) -> Callable[[Request], Awaitable[Response]]:
         async def rerank(request: Request) -> Response:
-            parse = parser(RerankRequest, await read(request))
-            answer = await service.rerank(
-                request.state.call, parse, lambda: gone(request), return_documents=return_documents
-            )
-            return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+            """Orders documents by relevance to a query: bodies of Cohere, Jina, vLLM and SGLang."""
+            with service.admitted():
+                parse = parser(RerankRequest, await read_body(request, service.settings))
+                answer = await service.rerank(
+                    request.state.call, parse, gone(request), return_documents=return_documents
+                )
+                return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
-        app.post(
-            path,
-            summary="Rerank",
-            description="Orders documents by relevance to a query: bodies of Cohere, Jina, vLLM and SGLang.",
-            operation_id="rerank" + path.replace("/", "_"),
-            responses={200: {"model": RerankResponse}, **_REFUSALS},
-            openapi_extra=_json_body(RerankRequest),
-        )(rerank)
+        return rerank
 
-    add_rerank("/v1/rerank", return_documents=True)
-    add_rerank("/v2/rerank", return_documents=False)
-    add_rerank("/rerank", return_documents=True)
+    for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
+        _add(app, "POST", path, rerank_route(return_documents=path != "/v2/rerank"), RerankRequest, RerankResponse)
 
 
 def _add_items(app: FastAPI, service: Service) -> None:
-    settings = service.settings
-
-    async def read(request: Request) -> bytes:
-        service.refuse_unless_admitted()
-        return await read_body(request, settings.max_body_bytes, settings.read_timeout_s)
-
-    @app.put(
-        "/v1/items",
-        responses={200: {"model": PutItemsResponse}, **_REFUSALS},
-        openapi_extra=_json_body(PutItemsRequest),
-    )
     async def put_items(request: Request) -> Response:
         """Encodes and stores items. Needs the admin key."""
-        return _answer(await service.put_items(request.state.call, parser(PutItemsRequest, await read(request))))
+        with service.admitted():
+            parse = parser(PutItemsRequest, await read_body(request, service.settings))
+            return _answer(await service.put_items(request.state.call, parse))
 
-    @app.delete(
-        "/v1/items",
-        responses={200: {"model": DeleteItemsResponse}, **_REFUSALS},
-        openapi_extra=_json_body(DeleteItemsRequest),
-    )
     async def delete_items(request: Request) -> Response:
         """Drops items from the store. Needs the admin key."""
-        return _answer(await service.delete_items(request.state.call, parser(DeleteItemsRequest, await read(request))))
+        with service.admitted():
+            parse = parser(DeleteItemsRequest, await read_body(request, service.settings))
+            return _answer(await service.delete_items(request.state.call, parse))
+
+    _add(app, "PUT", "/v1/items", put_items, PutItemsRequest, PutItemsResponse)
+    _add(app, "DELETE", "/v1/items", delete_items, DeleteItemsRequest, DeleteItemsResponse)
+
+
+def _add(
+    app: FastAPI,
+    method: str,
+    path: str,
+    endpoint: Callable[..., Awaitable[Response]],
+    body: type[BaseModel],
+    answer: type[BaseModel],
+) -> None:
+    """Adds a route whose body is read by hand, with what OpenAPI should say of it."""
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    app.add_api_route(
+        path,
+        endpoint,
+        methods=[method],
+        operation_id=method.lower() + path.replace("/", "_"),
+        responses={200: {"model": answer}, **_REFUSALS},
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+    )
 
 
 def _add_operations(app: FastAPI, engine: Engine) -> None:

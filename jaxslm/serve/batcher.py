@@ -28,6 +28,8 @@ from jaxslm.serve.metrics import Metrics
 QUEUED_AHEAD = 2
 """Batches on the device or queued for it: while one is computed the next is ready."""
 
+STOP_S = 5.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -159,13 +161,13 @@ class Batcher:
             thread.start()
 
     def stop(self) -> None:
-        """Scores what waits, then ends the threads."""
+        """Scores what waits, then ends the threads; gives up on a device that takes longer than STOP_S."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         for thread in self._threads:
             if thread.is_alive():
-                thread.join()
+                thread.join(STOP_S)
 
     def submit(self, request: PackRequest, deadline: float) -> Job:
         """Queues a request; its `future` gets the logits, or DeadlineError, DeviceError or InputError.

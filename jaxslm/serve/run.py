@@ -73,10 +73,32 @@ class Http(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server, which on a signal first refuses new requests and answers those that it has accepted."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, engine: Engine) -> None:
+        """Binds the address of the engine's settings; ends the process with code 1 if that cannot be."""
+        settings = engine.settings
+        app = create_app(engine)
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=type("Http", (Http,), {"read_timeout_s": settings.read_timeout_s}),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            timeout_graceful_shutdown=5,
+        )
         super().__init__(config)
-        self.service = service
+        self.service: Service = app.state.service
         self._drain_until: float | None = None
+        self._socket = config.bind_socket()
+        host, port = self._socket.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def serve_until_signal(self) -> None:
+        """Serves until SIGTERM or SIGINT, or, outside of the main thread, until `handle_exit`."""
+        self.run(sockets=[self._socket])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Starts draining; ends at once when it is called again."""
@@ -108,25 +130,10 @@ def serve(settings: ServeSettings) -> dict[str, Any]:
     engine = Engine(settings, keys)
     if not keys.api and not _is_loopback(settings.host):
         logger.warning("no API keys: anyone who reaches %s may score", settings.host)
-    app = create_app(engine)
-    protocol = type("Http", (Http,), {"read_timeout_s": settings.read_timeout_s})
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        http=protocol,
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        timeout_graceful_shutdown=5,
-    )
-    socket = config.bind_socket()
-    host, port = socket.getsockname()[:2]
-    logger.info("listening", extra={"fields": {"url": f"http://{host}:{port}", "model": settings.name}})
+    server = Server(engine)
+    logger.info("listening", extra={"fields": {"url": server.url, "model": settings.name}})
     start = time.monotonic()
-    Server(config, app.state.service).run(sockets=[socket])
+    server.serve_until_signal()
     if engine.health.state == "failed":
         raise RuntimeError("warm-up failed")
     requests = sum(
@@ -135,7 +142,7 @@ def serve(settings: ServeSettings) -> dict[str, Any]:
         for sample in metric.samples
         if sample.name.endswith("_total")
     )
-    return {"url": f"http://{host}:{port}", "requests": int(requests), "seconds": round(time.monotonic() - start, 3)}
+    return {"url": server.url, "requests": int(requests), "seconds": round(time.monotonic() - start, 3)}
 
 
 def _is_loopback(host: str) -> bool:

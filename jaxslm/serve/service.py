@@ -3,8 +3,9 @@
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -153,13 +154,19 @@ class Service:
 
         return await self._in_thread(self._encoder_thread, delete)
 
-    def refuse_unless_admitted(self) -> None:
-        """Raises ApiError if the server takes no requests now, before anything of a body is read."""
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Counts a request while it is worked on; raises ApiError, before anything is read, if none are taken now."""
         status = self.engine.health.status
         if status != "ready":
             raise ApiError(503, status, f"not ready: {status}", retry_after_s=self.settings.watchdog_s)
         if self.active >= self.settings.max_queued_requests:
             self._refuse_load("queue_full", "the queue is full", 0)
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
 
     def _refuse_load(self, reason: str, message: str, tokens: int) -> None:
         raise ApiError(429, reason, message, retry_after_s=math.ceil(self.engine.batcher.wait_s(tokens)))
@@ -168,16 +175,12 @@ class Service:
         self, call: Call, prepare: Callable[[], tuple[Result, Prepared]], gone: Disconnected
     ) -> tuple[Result, Prepared]:
         """Prepares a request in a thread, has it scored and returns both."""
-        self.active += 1
-        try:
-            body, prepared = await self._in_thread(self._threads, prepare)
-            call.tokenise_s = time.monotonic() - call.received
-            call.items, call.tokens = len(prepared.status), prepared.num_tokens
-            if prepared.work:
-                await self._score(call, prepared, gone)
-            call.scored = time.monotonic()
-        finally:
-            self.active -= 1
+        body, prepared = await self._in_thread(self._threads, prepare)
+        call.tokenise_s = time.monotonic() - call.received
+        call.items, call.tokens = len(prepared.status), prepared.num_tokens
+        if prepared.work:
+            await self._score(call, prepared, gone)
+        call.scored = time.monotonic()
         return body, prepared
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
