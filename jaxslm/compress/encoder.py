@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from jaxslm.checkpoint import Manifest, Tree, load_checkpoint, load_manifest
+from jaxslm.checkpoint import Checkpoint, Manifest, Tree, load_checkpoint, load_manifest
 from jaxslm.compress.pooling import pool, segments
 from jaxslm.compress.projector import project
 from jaxslm.config import CompressorConfig
@@ -73,23 +73,21 @@ def pooled_states(
     return pool(states_BTE, segments_BC2)
 
 
-class ItemEncoder:
+TokenRow = Sequence[int] | Int[np.ndarray, " _"]
+
+
+class VectorEncoder:
     """Encodes items on the first local device. An item's vectors do not depend on what it is encoded with.
 
     Attributes:
-        config: what the compressor is. identity: what its records are good for.
+        config: what the compressor is.
     """
 
     def __init__(
-        self,
-        config: CompressorConfig,
-        params: Tree,
-        tokenizer_json: str,
-        identity: RecordIdentity,
-        dtype: DTypeLike | None = None,
+        self, config: CompressorConfig, params: Tree, tokenizer_json: str, dtype: DTypeLike | None = None
     ) -> None:
         """Args: params: `{"encoder", "projector"}`. dtype: compute dtype; float32 on CPU, else bfloat16, if None."""
-        self.config, self.identity = config, identity
+        self.config = config
         on_cpu = jax.default_backend() == "cpu"
         self._dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
         self._tokens_per_pass = 1024 if on_cpu else 32768
@@ -106,9 +104,7 @@ class ItemEncoder:
 
     def warm_up(self) -> None:
         """Compiles every length, so that no later call does."""
-        k = max(self.config.ks)
-        for length in self._lengths:
-            self._passes([[0] * length], k, self.config.width, self._vectors)
+        self._passes([[0] * length for length in self._lengths], self.config.width, self._vectors)
 
     def token_counts(self, items: Sequence[str | Item]) -> list[int]:
         """Returns the tokens of each item; of those beyond `config.max_item_tokens` the encoder reads nothing.
@@ -137,11 +133,17 @@ class ItemEncoder:
         Raises:
             InputError: an item without text, or a k that the compressor was not trained for.
         """
-        return self._passes(self._tokenizer(items), k, self.config.width, self._vectors)
+        if k not in self.config.ks:
+            raise InputError(f"k = {k}: this compressor was trained for {', '.join(map(str, self.config.ks))}")
+        return self.encode_all(items)[k]
 
-    def pooled(self, ids: Sequence[Sequence[int]], k: int) -> Float32[np.ndarray, "n k E"]:
-        """Returns the pooled states of items given as token ids: what the projector reads."""
-        return self._passes(ids, k, self.config.encoder.width, self._pooled)
+    def encode_all(self, items: Sequence[str | Item]) -> dict[int, Float32[np.ndarray, "n k D"]]:
+        """Returns the embedding tokens of each item for every k, in one pass over the text. Raises as `encode`."""
+        return self._passes(self._tokenizer(items), self.config.width, self._vectors)
+
+    def pooled(self, ids: Sequence[TokenRow]) -> dict[int, Float32[np.ndarray, "n k E"]]:
+        """Returns the pooled states of items given as token ids, for every k: what the projector reads."""
+        return self._passes(ids, self.config.encoder.width, self._pooled)
 
     def _vectors(self, tokens: np.ndarray, valid: np.ndarray, places: np.ndarray) -> Array:
         return self._project(self._projector, self._pooled(tokens, valid, places))
@@ -149,13 +151,15 @@ class ItemEncoder:
     def _pooled(self, tokens: np.ndarray, valid: np.ndarray, places: np.ndarray) -> Array:
         return self._states(self._params, tokens, valid, places)
 
-    def _passes(self, ids: Sequence[Sequence[int]], k: int, width: int, encode: Encode) -> np.ndarray:
-        if k not in self.config.ks:
-            raise InputError(f"k = {k}: this compressor was trained for {', '.join(map(str, self.config.ks))}")
-        limit = self.config.max_item_tokens
+    def _passes(self, ids: Sequence[TokenRow], width: int, encode: Encode) -> dict[int, np.ndarray]:
+        """Returns per k what `encode` makes of the items' segments, [n, k, width].
+
+        One program serves every k: an item's states cost so much more than its vectors that all are computed.
+        """
+        ks, limit = self.config.ks, self.config.max_item_tokens
         lengths = np.array([min(len(each), limit) for each in ids], np.int64)
         classes = np.searchsorted(self._lengths, lengths)
-        vectors = np.empty((len(ids), k, width), np.float32)
+        vectors = np.empty((len(ids), sum(ks), width), np.float32)
         queued = []
         for number in np.unique(classes):
             length = self._lengths[number]
@@ -164,16 +168,26 @@ class ItemEncoder:
             for start in range(0, len(members), rows):
                 chosen = members[start : start + rows]
                 batch = pad_items([ids[place][:limit] for place in chosen], rows, length)
-                # One program serves every k: the places of the vectors that are not wanted hold the first token.
-                places = np.tile(np.array([0, 1], np.int32), (rows, max(self.config.ks), 1))
-                places[: len(chosen), :k] = segments(lengths[chosen], k, self.config.pooling)
+                counts = np.ones(rows, np.int64)
+                counts[: len(chosen)] = lengths[chosen]
+                places = np.concatenate([segments(counts, k, self.config.pooling) for k in ks], axis=1)
                 queued.append((chosen, encode(*batch, places)))
         for chosen, result in queued:
-            vectors[chosen] = np.asarray(result)[: len(chosen), :k]
-        return vectors
+            vectors[chosen] = np.asarray(result)[: len(chosen)]
+        return dict(zip(ks, np.split(vectors, np.cumsum(ks)[:-1], axis=1), strict=True))
 
 
-def pad_items(ids: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+class ItemEncoder(VectorEncoder):
+    """The encoder of a checkpoint. identity: what its records are good for."""
+
+    def __init__(self, checkpoint: Checkpoint, config: CompressorConfig, dtype: DTypeLike | None = None) -> None:
+        """Args: checkpoint: with the item "compressor", which `config` describes. dtype: as for `VectorEncoder`."""
+        tokenizer_json = encoder_tokenizer_json(checkpoint.tokenizer_files, config)
+        super().__init__(config, checkpoint.extra[COMPRESSOR], tokenizer_json, dtype)
+        self.identity = identity_of(checkpoint.manifest)
+
+
+def pad_items(ids: Sequence[TokenRow], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens int32 and valid bool, both [rows, length], of items of at most `length` tokens."""
     tokens, valid = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
     for row, each in enumerate(ids):
@@ -218,6 +232,4 @@ def load_encoder(path: str | Path, dtype: DTypeLike | None = None) -> ItemEncode
     config = load_manifest(path).compressor
     if config is None:
         raise InputError(f"{path}: holds no compressor: `jaxslm train compressor` makes one")
-    checkpoint = load_checkpoint(path, extra=[COMPRESSOR])
-    tokenizer_json = encoder_tokenizer_json(checkpoint.tokenizer_files, config)
-    return ItemEncoder(config, checkpoint.extra[COMPRESSOR], tokenizer_json, identity_of(checkpoint.manifest), dtype)
+    return ItemEncoder(load_checkpoint(path, extra=[COMPRESSOR]), config, dtype)

@@ -24,7 +24,7 @@ from jaxslm.prompt import Prompt, text_tokenizer
 from jaxslm.train.data_settings import DataSettings, PairSettings, SourceSettings
 from jaxslm.train.lists import ListChooser, RankerLists, TokenList, TokenPair, TokenPairs, read_teacher_scores
 from jaxslm.train.packing import Batch, collate_lists, collate_pairs, fill
-from jaxslm.train.sources import Encoder, Order, Queries, read_training_data
+from jaxslm.train.sources import Encoder, Order, Queries, TrainingData, read_training_data
 
 LOOKAHEAD = 8
 """Lists that wait for packing, in batches: more packs tighter and lets a list be overtaken for longer."""
@@ -202,8 +202,19 @@ class TextEncoder(Encoder):
         return [encoding.ids[:longest] for encoding in encodings]
 
 
+def ranker_data(settings: DataSettings, prompt: Prompt) -> TrainingData:
+    """Returns what `ranker_batches` draws from; raises InputError as it does."""
+    return read_training_data(settings, PromptEncoder(settings, prompt))
+
+
 def ranker_batches(
-    settings: DataSettings, prompt: Prompt, *, host: int = 0, hosts: int = 1
+    settings: DataSettings,
+    prompt: Prompt,
+    *,
+    host: int = 0,
+    hosts: int = 1,
+    data: TrainingData | None = None,
+    collate: Callable[[Sequence[TokenList]], Batch] | None = None,
 ) -> BatchIterator[TokenList]:
     """Returns this host's lists for training a ranker, packed flat as `SharedPrefix(prefix, items, M)` reads them.
 
@@ -213,11 +224,15 @@ def ranker_batches(
     With stored teacher scores also "teacher": float32 [R, J], log-odds, NaN where the teacher gave none. A row's ids
     equal those of `Prompt.encode` at a row length that leaves an item `max_item_tokens`.
 
+    Args:
+        data: `ranker_data` of the settings, where it has been read already.
+        collate: makes a batch of lists in place of the one described; it must keep "list_ids".
+
     Raises:
         InputError: data that cannot be read or breaks a rule (`read_training_data`), a query longer than
             `max_prefix_tokens`, shapes that the prompt cannot fill.
     """
-    data = read_training_data(settings, PromptEncoder(settings, prompt))
+    data = ranker_data(settings, prompt) if data is None else data
     teacher = None
     if settings.teacher_requests is not None and settings.teacher_scores is not None:
         teacher = read_teacher_scores(Path(settings.teacher_requests), Path(settings.teacher_scores))
@@ -228,7 +243,7 @@ def ranker_batches(
         data.queries,
         lookahead=LOOKAHEAD * settings.lists_per_batch,
         select=lambda sizes: fill(sizes, settings.tokens_per_batch, settings.lists_per_batch),
-        collate=lambda chosen: collate_lists(chosen, settings),
+        collate=collate or (lambda chosen: collate_lists(chosen, settings)),
         tokens_per_batch=settings.tokens_per_batch,
         workers=settings.workers,
         fingerprint=_fingerprint(settings, data.sha256 + prompt.sha256, host, hosts),

@@ -1,9 +1,13 @@
 """The held-back queries of a run: nDCG@10 of a scoring function within BM25's candidates."""
 
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
-from jaxslm.data_files import read_items, read_queries
-from jaxslm.evaluate.rerank import Score, evaluate_ranker
+from jaxslm.data_files import Item, read_items, read_queries
+from jaxslm.evaluate.candidates import candidates
+from jaxslm.evaluate.metrics import has_relevant
+from jaxslm.evaluate.rerank import Score, evaluate_ranker, sample_queries
 from jaxslm.train.settings import EvaluationSettings
 
 
@@ -14,6 +18,16 @@ class HeldOut:
         self._settings = settings
         if settings is not None:
             self._items, self._queries = read_items(Path(settings.items)), read_queries(Path(settings.queries))
+
+    @cached_property
+    def candidates(self) -> list[Item]:
+        """The items that `evaluate` has scored, each once; none without settings."""
+        settings = self._settings
+        if settings is None:
+            return []
+        eligible = [each for each in self._queries if has_relevant({judged.id: judged.label for judged in each.items})]
+        found = candidates(sample_queries(eligible, settings.limit), self._items, settings.k)
+        return [self._items[item_id] for item_id in dict.fromkeys(chain.from_iterable(each.ids for each in found))]
 
     def evaluate(self, score: Score) -> dict[str, float]:
         """Returns "ndcg_at_10", BM25's on the same candidates, and the 95 % interval of the difference."""

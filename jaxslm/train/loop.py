@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ from jaxslm.checkpoint import Checkpoint, save_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.score.scorer import compute_dtype
-from jaxslm.train.data import BatchIterator
 from jaxslm.train.hosts import from_all_hosts
 from jaxslm.train.interrupt import StopWish, stop_signals
 from jaxslm.train.log import RunBar, RunLog, run_bar
@@ -50,6 +49,19 @@ Evaluate = Callable[[Params], dict[str, float]]
 Save = Callable[[Path, Params, dict[str, float]], None]
 
 
+@runtime_checkable
+class Batches(Protocol):
+    """Batches without end or with one; `jaxslm.train.data.BatchIterator` says what each method does."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+    def query_id(self, list_id: int) -> str: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained.
@@ -68,7 +80,7 @@ class Task:
     kind: str
     start: Checkpoint
     loss_fn: LossFn
-    batches: BatchIterator
+    batches: Batches
     work: Callable[[Mapping[str, np.ndarray]], tuple[int, int]]
     evaluate: Evaluate
     partition: Partition

@@ -35,6 +35,23 @@ def pair_work(config: ModelConfig, batch: Mapping[str, np.ndarray]) -> tuple[int
     return tokens, (1 + BACKWARD) * forward
 
 
+def compressor_work(ranker: ModelConfig, encoder: ModelConfig, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    """Returns (real tokens, FLOPs) of a compressor's batch; a text that vectors are compared with is read forward."""
+    if "mixed_tokens" not in batch:
+        return ranker_work(ranker, batch)
+    mixed = {name: batch[f"mixed_{name}"] for name in ("tokens", "prefix", "items")}
+    tokens, flops = ranker_work(ranker, mixed)
+    if "tokens" in batch:
+        read, forward_and_backward = ranker_work(ranker, batch)
+        tokens, flops = tokens + read, flops + forward_and_backward // (1 + BACKWARD)
+    if "item_valid" in batch:
+        lengths = np.sum(batch["item_valid"], axis=-1, dtype=np.int64)
+        encoded, pairs = int(lengths.sum()), int(np.sum(lengths * (lengths + 1) // 2))
+        forward = linear_flops_per_token(encoder) * encoded + attention_flops_per_pair(encoder) * pairs
+        tokens, flops = tokens + encoded, flops + (1 if "warm_up" in batch else 1 + BACKWARD) * forward
+    return tokens, flops
+
+
 def matmul_ceiling(dtype: jnp.dtype) -> float:
     """Returns the FLOP/s of the best of five large square matrix products on one device."""
     size = 1536 if jax.default_backend() == "cpu" else 8192
