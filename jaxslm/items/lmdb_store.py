@@ -118,8 +118,9 @@ class LmdbStore(Store):
         return self._run(lambda transaction: int(transaction.stat(db=self._heads)["entries"]))
 
     def close(self) -> None:
-        """See Store."""
-        self._env.close()
+        """See Store. Waits for the transactions of other threads."""
+        with self._gate.alone():
+            self._env.close()
 
     def _cut(self, size: int) -> int:
         """Returns where a value of `size` bytes is cut: before its last page if less than a quarter of that is full."""
