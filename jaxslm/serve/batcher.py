@@ -15,14 +15,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 from queue import SimpleQueue
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jax import Array
 from jaxtyping import Float32, Int
 
 from jaxslm.errors import InputError
-from jaxslm.score.compiled import CompiledScorer
-from jaxslm.score.packing import Forward, PackRequest
+from jaxslm.score.packing import Forward, Packer, PackRequest
 from jaxslm.serve.metrics import Metrics
 
 QUEUED_AHEAD = 2
@@ -39,6 +38,29 @@ class DeadlineError(Exception):
 
 class DeviceError(Exception):
     """The device, or the thread that feeds it, raised an error. The log holds it; callers see this alone."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """The device, as `jaxslm.score.compiled.CompiledScorer` feeds it."""
+
+    @property
+    def packer(self) -> Packer:
+        """From requests to passes."""
+        ...
+
+    @property
+    def devices(self) -> Sequence[Any]:
+        """How many passes are computed at once."""
+        ...
+
+    def dispatch(self, group: Sequence[Forward]) -> Any:
+        """Queues passes of one bucket; returns their result to come."""
+        ...
+
+    def collect(self, group: Sequence[Forward], result: Any, logits: np.ndarray) -> None:
+        """Waits for a result of `dispatch` and puts its rows into `logits` [n, 2]."""
+        ...
 
 
 class Job:
@@ -122,7 +144,7 @@ class _Batch:
     """Slices on the device, and the passes that hold them."""
 
     slices: Sequence[_Slice]
-    passes: Sequence[tuple[Sequence[Forward], Array]]
+    passes: Sequence[tuple[Sequence[Forward], Any]]
     dispatched: float
 
     @property
@@ -131,9 +153,9 @@ class _Batch:
 
 
 class Batcher:
-    """The queue in front of a compiled scorer. Safe for threads; `start` before use, `stop` at the end."""
+    """The queue in front of a scorer. Safe for threads; `start` before use, `stop` at the end."""
 
-    def __init__(self, scorer: CompiledScorer, metrics: Metrics, max_batch_tokens: int, max_wait_s: float) -> None:
+    def __init__(self, scorer: Scorer, metrics: Metrics, max_batch_tokens: int, max_wait_s: float) -> None:
         self.scorer = scorer
         self.metrics = metrics
         self.max_batch_tokens = max_batch_tokens
@@ -337,6 +359,7 @@ class Batcher:
             if not job.left and not job.future.done():
                 job.finished = now
                 job.future.set_result(job.logits)
+        self.metrics.busy_s.inc(busy_s)
         forwards = [forward for group, _ in batch.passes for forward in group]
         real = sum(forward.real_tokens for forward in forwards)
         if busy_s > 0:

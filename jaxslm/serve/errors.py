@@ -1,6 +1,7 @@
 """Refusals: every one has the same body, in the words of SGLang's, which Cohere's clients read too."""
 
 import json
+import math
 from typing import Any
 
 from starlette.responses import Response
@@ -43,7 +44,7 @@ def error_response(error: ApiError, request_id: str, headers: dict[str, str] | N
     """Returns the HTTP response of a refusal."""
     headers = dict(headers or {})
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     content = json.dumps(error_body(error, request_id))

@@ -1,6 +1,6 @@
 """Prometheus metrics of one server. Names follow vLLM's and SGLang's where they mean the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -21,6 +21,7 @@ class Metrics:
         self.tokens = self._counter("prompt_tokens", "Tokens that the device read, prefixes included.")
         self.places = self._counter("token_places", "Token places of the passes, padding included.")
         self.passes = self._counter("bucket_passes", "Forward passes by compiled shape.", "bucket")
+        self.busy_s = self._counter("device_busy_seconds", "Time in which the device had a batch.")
         self.lookups = self._counter("item_lookups", "Items asked of the store.", "result")
         self.cache = self._counter("score_cache", "Items asked of the score cache.", "result")
         self.request_items = self._histogram("request_items", "Items of a request.", _COUNTS)
@@ -34,10 +35,10 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"jaxslm_{name}", text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: Sequence[float | int]) -> Histogram:
         return Histogram(f"jaxslm_{name}", text, buckets=buckets, registry=self.registry)
 
-    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+    def watch(self, name: str, text: str, value: Callable[[], float | int]) -> None:
         """Adds a gauge that is read when the metrics are."""
         Gauge(f"jaxslm_{name}", text, registry=self.registry).set_function(value)
 

@@ -19,6 +19,8 @@ from jaxslm.serve.service import Service
 from jaxslm.serve.settings import ServeSettings, read_keys
 
 MAX_HEAD_BYTES = 16 * 1024
+ANSWER_S = 1.0
+"""A request that is too slow gets its answer before the connection is cut."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
-            http=type("Http", (Http,), {"read_timeout_s": settings.read_timeout_s}),
+            http=type("Http", (Http,), {"read_timeout_s": settings.read_timeout_s + ANSWER_S}),
             ws="none",
             log_config=None,
             access_log=False,

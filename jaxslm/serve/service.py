@@ -1,7 +1,6 @@
 """What the routes call: admission, preparation, waiting, answers. Knows nothing of HTTP but its status codes."""
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -169,7 +168,7 @@ class Service:
             self.active -= 1
 
     def _refuse_load(self, reason: str, message: str, tokens: int) -> None:
-        raise ApiError(429, reason, message, retry_after_s=math.ceil(self.engine.batcher.wait_s(tokens)))
+        raise ApiError(429, reason, message, retry_after_s=self.engine.batcher.wait_s(tokens))
 
     async def _run(
         self, call: Call, prepare: Callable[[], tuple[Result, Prepared]], gone: Disconnected
@@ -189,7 +188,7 @@ class Service:
         except InputError as error:
             raise invalid(str(error)) from None
         except StoreUnavailable:
-            raise ApiError(503, "store_unavailable", "the item store cannot be reached", retry_after_s=1) from None
+            raise ApiError(503, "store_unavailable", "the item store cannot be reached", retry_after_s=1.0) from None
 
     async def _score(self, call: Call, prepared: Prepared, gone: Disconnected) -> None:
         """Has the prepared rows scored and fills in their logits."""
@@ -207,7 +206,7 @@ class Service:
         for (_, places), logits in zip(prepared.work, results, strict=True):
             prepared.logits[places] = logits
         if not np.isfinite(prepared.logits[[place for _, places in prepared.work for place in places]]).all():
-            raise ApiError(503, "device_failed", "the device returned no numbers", retry_after_s=1)
+            raise ApiError(503, "device_failed", "the device returned no numbers", retry_after_s=1.0)
         if self.engine.cache is not None:
             self._threads.submit(self.engine.cache.put, prepared.scored())
         call.queue_s = max((job.started or job.submitted) - job.submitted for job in jobs)
@@ -228,7 +227,7 @@ class Service:
         except DeadlineError:
             raise ApiError(504, "deadline", "not scored by its deadline") from None
         except DeviceError:
-            raise ApiError(503, "device_failed", "the device failed", retry_after_s=1) from None
+            raise ApiError(503, "device_failed", "the device failed", retry_after_s=1.0) from None
         except InputError as error:
             raise invalid(str(error)) from None
         finally:

@@ -1,0 +1,27 @@
+"""One server for the tests that change nothing of it."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jaxslm.serve.run import Server
+from jaxslm.serve.settings import ServeSettings
+from tests.serve.tiny_server import running, write_files
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings that name a checkpoint with a compressor and buckets."""
+    return write_files(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="session")
+def server(files: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a store, an admin key, and a limit of 200 items and 1 MB."""
+    store = str(tmp_path_factory.mktemp("store") / "lmdb")
+    settings = ServeSettings(**files, store=store, max_items=200, max_body_bytes=1_000_000, read_timeout_s=2.0)
+    with running(settings) as server:
+        gc.unfreeze()
+        yield server

@@ -1,0 +1,232 @@
+"""Faults, and what a client sees of them: a refusal that says to come back, and the truth about readiness."""
+
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from jaxslm.items.store import StoreUnavailable
+from jaxslm.score.compiled import CompiledScorer
+from jaxslm.serve.run import Server
+from tests.serve.tiny_server import ADMIN, metric, process
+
+BODY = {"query": "x", "items": ["a job", "a ward"]}
+
+
+def score(url: str, body: dict[str, Any] = BODY, **headers: str) -> httpx.Response:
+    return httpx.post(f"{url}/v1/score", json=body, headers=headers, timeout=120)
+
+
+def ready(url: str) -> tuple[int, str]:
+    answer = httpx.get(f"{url}/health/ready", timeout=60)
+    return answer.status_code, answer.json()["status"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def well_again(server: Server) -> Iterator[None]:
+    """Whatever happened, afterwards the server is ready and scores."""
+    yield
+    wait_for(lambda: ready(server.url) == (200, "ready"))
+    assert score(server.url).status_code == 200
+    assert metric(server.url, "jaxslm_compilations_after_ready") == 0
+
+
+def test_a_store_that_goes_away_costs_only_requests_by_id(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = {"items": [{"id": "kept", "text": "a job"}], "vectors_per_item": 2}
+    assert httpx.put(f"{server.url}/v1/items", json=items, headers=ADMIN, timeout=120).status_code == 200
+    by_id = {"query": "x", "item_ids": ["kept"], "items": ["a job"], "on_miss": "text"}
+    before = score(server.url, by_id)
+    assert before.status_code == 200
+    catalogue = server.service.engine.catalogue
+    assert catalogue is not None
+
+    def gone(*_: object) -> None:
+        raise StoreUnavailable("store /secret/path: gone")
+
+    with monkeypatch.context() as patch:
+        for method in ("get", "put", "delete"):
+            patch.setattr(catalogue._store, method, gone)
+        answers = [
+            score(server.url, by_id),
+            httpx.put(f"{server.url}/v1/items", json=items, headers=ADMIN, timeout=60),
+            httpx.request("DELETE", f"{server.url}/v1/items", json={"ids": ["kept"]}, headers=ADMIN, timeout=60),
+        ]
+        for answer in answers:
+            assert (answer.status_code, answer.json()["type"]) == (503, "store_unavailable")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert "secret" not in answer.text
+        assert score(server.url).status_code == 200
+        assert ready(server.url) == (200, "ready")
+    assert score(server.url, by_id).json() == before.json()
+
+
+@pytest.mark.parametrize("where", ["dispatch", "collect"])
+def test_a_device_error_turns_readiness_off_until_the_watchdog_has_scored(
+    server: Server, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA_ERROR at /secret/path")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompiledScorer, where, broken)
+        answer = score(server.url)
+        assert (answer.status_code, answer.json()["type"]) == (503, "device_failed")
+        assert "CUDA" not in answer.text
+        assert ready(server.url) == (503, "device_failed")
+        assert score(server.url).headers["retry-after"]
+    wait_for(lambda: ready(server.url)[0] == 200)
+
+
+def test_numbers_that_are_none_are_never_scores(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = CompiledScorer.collect
+
+    def poisoned(self: CompiledScorer, group: Any, result: Any, logits: np.ndarray) -> None:
+        collect(self, group, result, logits)
+        logits[:1] = np.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompiledScorer, "collect", poisoned)
+        assert score(server.url).json()["type"] == "device_failed"
+
+
+def test_a_stalled_device_ends_in_504_and_then_in_503(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect, released = CompiledScorer.collect, threading.Event()
+
+    def stalled(self: CompiledScorer, group: Any, result: Any, logits: np.ndarray) -> None:
+        assert released.wait(60)
+        collect(self, group, result, logits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompiledScorer, "collect", stalled)
+        patch.setattr(server.service.engine.health, "_stall_s", 0.2)
+        answer = score(server.url, **{"x-deadline-ms": "300"})
+        assert (answer.status_code, answer.json()["type"]) == (504, "deadline")
+        wait_for(lambda: ready(server.url) == (503, "device_stalled"))
+        assert score(server.url).status_code == 503
+        released.set()
+        wait_for(lambda: ready(server.url)[0] == 200)
+
+
+def test_too_much_work_is_refused_at_once_with_when_to_come_back(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect, released = CompiledScorer.collect, threading.Event()
+
+    def slow(self: CompiledScorer, group: Any, result: Any, logits: np.ndarray) -> None:
+        assert released.wait(60)
+        collect(self, group, result, logits)
+
+    batcher = server.service.engine.batcher
+    with monkeypatch.context() as patch, ThreadPoolExecutor(8) as threads:
+        patch.setattr(CompiledScorer, "collect", slow)
+        accepted = []
+        for running in (1, 2):
+            accepted.append(threads.submit(score, server.url))
+            wait_for(lambda running=running: batcher.running_batches == running)
+        accepted.append(threads.submit(score, server.url))
+        wait_for(lambda: batcher.queued_tokens > 0)
+        patch.setattr(batcher, "tokens_per_s", 20.0)
+        answer = score(server.url)
+        assert (answer.status_code, answer.json()["type"]) == (429, "overloaded")
+        assert int(answer.headers["retry-after"]) > 5
+        patch.setattr(server.service, "settings", server.service.settings.model_copy(update={"max_queued_requests": 1}))
+        assert score(server.url).json()["type"] == "queue_full"
+        released.set()
+        assert [each.result().status_code for each in accepted] == [200] * 3
+
+
+def test_a_draining_server_says_so(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server.service.engine.health, "state", "draining")
+        assert ready(server.url) == (503, "draining")
+        assert httpx.get(f"{server.url}/health/live", timeout=60).status_code == 200
+        answer = score(server.url)
+        assert (answer.status_code, answer.json()["type"]) == (503, "draining")
+        assert answer.headers["retry-after"]
+
+
+def test_the_watchdog_scores_on_an_idle_device(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server.service.engine.health, "_watchdog_s", 0.1)
+        before = metric(server.url, "jaxslm_items_total")
+        wait_for(lambda: metric(server.url, "jaxslm_items_total") > before)
+
+
+def test_a_wall_clock_that_jumps_ends_no_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.time
+    for jump in (86_400.0, -86_400.0):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda jump=jump: real() + jump)
+            assert score(server.url, **{"x-deadline-ms": "30000"}).status_code == 200
+            assert ready(server.url) == (200, "ready")
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_store_are_killed_and_stopped_under_load(
+    files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 of one of two servers on one LMDB store loses its own answers and nothing else; kill -TERM loses none."""
+    settings = files | {"store": str(tmp_path / "store")}
+    # The second process loads what the first one has compiled.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    with process(settings, tmp_path / "a.log") as (first, url):
+        _put(url, "from-first")
+        with process(settings, tmp_path / "b.log") as (second, other_url):
+            _put(other_url, "from-second")
+            for each in (url, other_url):
+                answer = score(each, {"query": "x", "item_ids": ["from-first", "from-second"]})
+                assert answer.status_code == 200, answer.text
+            with ThreadPoolExecutor(8) as threads:
+                load = [threads.submit(_under_load, other_url) for _ in range(24)]
+                wait_for(lambda: any(each.done() for each in load))
+                second.send_signal(signal.SIGKILL)
+                outcomes = [each.result() for each in load]
+            assert set(outcomes) <= {"200", "disconnected"}
+            assert "disconnected" in outcomes
+        _put(url, "after-the-kill")
+        assert score(url, {"query": "x", "item_ids": ["from-second", "after-the-kill"]}).status_code == 200
+        with ThreadPoolExecutor(8) as threads:
+            load = [threads.submit(_under_load, url) for _ in range(40)]
+            wait_for(lambda: any(each.done() for each in load))
+            first.send_signal(signal.SIGTERM)
+            outcomes = [each.result() for each in load]
+        assert "200" in outcomes
+        assert set(outcomes) <= {"200", "503", "refused"}
+        _check_end(first)
+
+
+def _put(url: str, item_id: str) -> None:
+    items = {"items": [{"id": item_id, "text": "a job"}], "vectors_per_item": 2}
+    assert httpx.put(f"{url}/v1/items", json=items, headers=ADMIN, timeout=120).json()["encoded"] == 1
+
+
+def _under_load(url: str) -> str:
+    """Sends one large request; returns its status, or how it failed."""
+    try:
+        return str(score(url, {"query": "x", "items": [f"the job {number}" for number in range(200)]}).status_code)
+    except httpx.ConnectError:
+        return "refused"
+    except httpx.TransportError:
+        return "disconnected"
+
+
+def _check_end(child: subprocess.Popen[str]) -> None:
+    stdout, _ = child.communicate(timeout=60)
+    assert child.returncode == 0
+    assert json.loads(stdout.splitlines()[-1])["requests"] > 0

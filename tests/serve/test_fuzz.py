@@ -1,0 +1,48 @@
+"""Requests made up from the OpenAPI document, valid and not: never an error of the server's, always the one body."""
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from jaxslm.serve.run import Server
+from tests.serve.tiny_server import ADMIN, metric
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis makes the requests of this test")
+
+ERROR_FIELDS = {"object", "message", "type", "param", "code", "id"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("examples", [4, pytest.param(170, marks=pytest.mark.slow)])
+def test_no_request_breaks_the_server(server: Server, examples: int) -> None:
+    """170 examples are 2,040 requests or more: six operations have bodies, which are made valid and invalid."""
+    document = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
+    schema = schemathesis.openapi.from_dict(document)
+    statuses: Counter[int] = Counter()
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        modes = list(schemathesis.GenerationMode) if operation.body else [schemathesis.GenerationMode.POSITIVE]
+        for mode in modes:
+            number = examples if operation.body else min(examples, 10)
+
+            @settings(max_examples=number, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def attempt(case: Any) -> None:
+                answer = case.call(base_url=server.url, headers=ADMIN, timeout=60)
+                statuses[answer.status_code] += 1
+                assert answer.status_code < 500, answer.text
+                if answer.status_code >= 400:
+                    assert set(answer.json()) == ERROR_FIELDS
+                    assert answer.status_code in (400, 404, 405, 413, 415, 422)
+
+            attempt()
+    assert statuses[200] > 0
+    assert statuses[422] + statuses[400] > 0
+    assert metric(server.url, "jaxslm_compilations_after_ready") == 0
+    print(dict(statuses))

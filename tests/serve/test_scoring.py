@@ -1,0 +1,294 @@
+"""Scores over HTTP are the ranker's own, whatever else is asked at the same time; and what may be asked."""
+
+import base64
+import itertools
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxslm.score.packing import PackRequest
+from jaxslm.score.scorer import Ranker
+from jaxslm.serve.run import Server
+from tests.serve.tiny_server import ADMIN, metric
+
+TOLERANCE = 1e-6
+"""XLA adds up differently in passes of different shape or content: the same item in another pass differs in its last
+bits, by up to about 6e-7 in its logit. The same request alone is bit-equal."""
+WORDS = ["python", "developer", "nurse", "engineer", "job", "the", "ward", "é", "12", "night shift"]
+LOREM = [" ".join(words) for words in itertools.permutations(WORDS, 3)]
+
+
+def post(server: Server, path: str, body: Any, **options: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=body, timeout=120, **options)
+
+
+def ok(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def refused(response: httpx.Response, status: int) -> str:
+    """Checks the one error body; returns its message."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"object", "message", "type", "param", "code", "id"}
+    assert body["object"] == "error"
+    assert body["code"] == status
+    assert body["id"] == response.headers["x-request-id"]
+    return str(body["message"])
+
+
+@pytest.fixture
+def ranker(server: Server) -> Ranker:
+    return server.service.engine.ranker
+
+
+@pytest.fixture(scope="module")
+def stored(server: Server) -> dict[str, np.ndarray]:
+    """Items that are in the store, with their vectors."""
+    texts = {f"item-{number}": LOREM[7 * number] for number in range(12)}
+    items = [{"id": item_id, "text": text} for item_id, text in texts.items()]
+    answer = ok(
+        httpx.put(f"{server.url}/v1/items", json={"items": items, "vectors_per_item": 2}, headers=ADMIN, timeout=120)
+    )
+    assert answer == {"encoded": 12, "unchanged": 0, "failed": [], "vectors_per_item": 2}
+    catalogue = server.service.engine.catalogue
+    assert catalogue is not None
+    lookup = catalogue.lookup(list(texts))
+    return {item_id: vectors for item_id, vectors in zip(texts, lookup.vectors, strict=True) if vectors is not None}
+
+
+def test_scores_are_the_rankers_in_any_mix_of_concurrent_requests(
+    server: Server, ranker: Ranker, stored: dict[str, np.ndarray]
+) -> None:
+    generator = np.random.default_rng(0)
+    bodies: list[dict[str, Any]] = []
+    expected = []
+    for number in range(40):
+        query = LOREM[number]
+        if number % 4 == 0:
+            ids = generator.choice(list(stored), generator.integers(1, 12)).tolist()
+            bodies.append({"query": query, "item_ids": ids})
+            expected.append(ranker.score_vectors(query, [stored[item_id] for item_id in ids]))
+        else:
+            items = generator.choice(LOREM, generator.integers(1, 15)).tolist()
+            bodies.append({"query": query, "items": items})
+            expected.append(ranker.score_request(query, items))
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda body: ok(post(server, "/v1/score", body)), bodies))
+    for answer, scores in zip(answers, expected, strict=True):
+        np.testing.assert_allclose([yes for _, yes in answer["scores"]], scores.probabilities, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(answer["logits"], scores.log_odds, rtol=0, atol=4 * TOLERANCE)
+        clear = np.abs(scores.log_odds[:, None] - scores.log_odds) > 8 * TOLERANCE
+        logits = np.array(answer["logits"])
+        assert ((logits[:, None] < logits) == (scores.log_odds[:, None] < scores.log_odds))[clear].all()
+    assert metric(server.url, "jaxslm_compilations_after_ready") == 0
+
+
+def test_a_request_alone_is_bit_equal_to_the_ranker(server: Server, ranker: Ranker) -> None:
+    answer = ok(post(server, "/v1/score", {"query": "night nurse", "items": ["a ward"]}))
+    assert answer["logits"] == ranker.score_request("night nurse", ["a ward"]).log_odds.tolist()
+
+
+def test_an_sglang_body_of_token_ids_is_answered_in_its_shape(server: Server, ranker: Ranker) -> None:
+    no, yes = ranker.label_token_ids
+    rows = [[5, 17, 9], [3, 4]]
+    body = {
+        "query": [7, 8],
+        "items": rows,
+        "label_token_ids": [yes, no],
+        "apply_softmax": True,
+        "item_first": False,
+        "model": "default",
+    }
+    answer = ok(post(server, "/v1/score", body))
+    logits = ranker.label_logits([[7, 8, *row] for row in rows])
+    expected = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
+    np.testing.assert_allclose(answer["scores"], np.stack([expected, 1 - expected], 1), rtol=0, atol=TOLERANCE)
+    assert answer["object"] == "scoring"
+    assert answer["pooled_hidden_states"] is None
+    assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] == 7
+    first = ok(post(server, "/v1/score", body | {"item_first": True}))
+    logits = ranker.label_logits([[*row, 7, 8] for row in rows])
+    np.testing.assert_allclose(first["logits"], logits[:, 1] - logits[:, 0], rtol=0, atol=4 * TOLERANCE)
+
+
+def test_an_sglang_body_of_text_brings_its_own_prompt(server: Server, ranker: Ranker) -> None:
+    query, items = "<|im_start|>Is this a job? ", ["nurse<|im_end|>", "banana", ""]
+    labels = list(ranker.label_token_ids)
+    body = {"query": query, "items": items, "label_token_ids": labels, "apply_softmax": True}
+    logits = ranker.label_logits(ranker.prompt.raw_ids([query + item for item in items]))
+    answer = ok(post(server, "/v1/score", body))
+    np.testing.assert_allclose(answer["logits"], logits[:, 1] - logits[:, 0], rtol=0, atol=4 * TOLERANCE)
+    assert answer["label_token_ids"] == labels
+
+
+def test_embedding_overrides_replace_the_placeholders(server: Server, ranker: Ranker) -> None:
+    """A placeholder that is overridden by the embedding of a token scores as that token, wherever it stands."""
+    table, token = np.asarray(ranker.params["embedding"]), 300
+    rows, real = [[token, 5, 6], [4, token, 6], [4, 5, token]], [11, 12, 13]
+    body = {
+        "query": [9, 8],
+        "items": rows,
+        "label_token_ids": list(ranker.label_token_ids),
+        "apply_softmax": True,
+        "embed_override_token_id": token,
+        "item_embed_overrides": [[table[each].tolist()] for each in real],
+    }
+    answer = ok(post(server, "/v1/score", body))
+    whole = [[9, 8, *(each if id_ == token else id_ for id_ in row)] for row, each in zip(rows, real, strict=True)]
+    logits = ranker.label_logits(whole)
+    np.testing.assert_allclose(answer["logits"], logits[:, 1] - logits[:, 0], rtol=0, atol=1e-5)
+    assert answer["status"] == ["embedding"] * 3
+    message = refused(post(server, "/v1/score", body | {"item_embed_overrides": [None, [[0.0] * 32], None]}), 400)
+    assert message.startswith("items[0] contains 1 occurrences of embed_override_token_id but 0 override embeddings")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_embeddings_as_base64_score_as_the_rankers_own(
+    server: Server, ranker: Ranker, stored: dict[str, np.ndarray], dtype: str
+) -> None:
+    kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    vectors = np.stack(list(stored.values())[:3]).astype(kind)
+    array = {"data": base64.b64encode(vectors.tobytes()).decode(), "dtype": dtype, "shape": list(vectors.shape)}
+    answer = ok(post(server, "/v1/score", {"query": "python", "item_embeddings": array}))
+    expected = ranker.score_vectors("python", vectors.astype(np.float32)).log_odds
+    np.testing.assert_allclose(answer["logits"], expected, rtol=0, atol=4 * TOLERANCE)
+    for change in ({"data": array["data"][:-8]}, {"shape": [3, 2, 31]}, {"shape": [10**9, 2, 32]}, {"data": "!"}):
+        assert post(server, "/v1/score", {"query": "x", "item_embeddings": array | change}).status_code in (400, 413)
+    broken = base64.b64encode(np.full((1, 2, 32), np.nan, "<f4").tobytes()).decode()
+    array = {"data": broken, "dtype": "float32", "shape": [1, 2, 32]}
+    assert "finite" in refused(post(server, "/v1/score", {"query": "x", "item_embeddings": array}), 400)
+
+
+def test_misses_are_never_silently_scored(server: Server, ranker: Ranker, stored: dict[str, np.ndarray]) -> None:
+    body = {"query": "python", "item_ids": ["item-1", "unknown", None], "items": ["x", "a nurse", "a ward"]}
+    message = refused(post(server, "/v1/score", body), 404)
+    assert "1 of 3" in message
+    answer = ok(post(server, "/v1/score", body | {"on_miss": "text"}))
+    assert answer["status"] == ["embedding", "not_found", "text"]
+    np.testing.assert_allclose(
+        answer["logits"][1:], ranker.score_request("python", ["a nurse", "a ward"]).log_odds, rtol=0, atol=1e-5
+    )
+    answer = ok(post(server, "/v1/score", body | {"on_miss": "skip"}))
+    assert answer["status"] == ["embedding", "not_found", "text"]
+    assert [score is None for score in answer["scores"]] == [False, True, False]
+    assert answer["logits"][1] is None
+    assert refused(post(server, "/v1/score", {"query": "x", "item_ids": ["no"], "on_miss": "text"}), 404)
+
+
+def test_stale_and_corrupt_records_are_named(server: Server, stored: dict[str, np.ndarray]) -> None:
+    catalogue = server.service.engine.catalogue
+    assert catalogue is not None
+    store = catalogue._store
+    (record,) = store.get(["item-2"])
+    assert record is not None
+    other_encoder = bytearray(record)
+    other_encoder[20] ^= 1
+    other_encoder[-4:] = zlib.crc32(other_encoder[:-4]).to_bytes(4, "little")
+    store.put({"stale": bytes(other_encoder), "corrupt": record[:-9] + b"\0" + record[-8:]})
+    body = {"query": "python", "item_ids": ["stale", "corrupt", "item-2"], "on_miss": "skip"}
+    assert ok(post(server, "/v1/score", body))["status"] == ["stale", "corrupt", "embedding"]
+    deleted = httpx.request("DELETE", f"{server.url}/v1/items", json={"ids": ["stale", "corrupt"]}, headers=ADMIN)
+    assert deleted.json() == {"deleted": 2}
+
+
+def test_items_that_fail_or_have_not_changed_are_counted(server: Server, stored: dict[str, np.ndarray]) -> None:
+    items = [{"id": "item-1", "text": LOREM[7]}, {"id": "empty", "text": "  "}, {"id": "new", "text": "a job"}]
+    answer = httpx.put(f"{server.url}/v1/items", json={"items": items, "vectors_per_item": 2}, headers=ADMIN)
+    body = ok(answer)
+    assert (body["encoded"], body["unchanged"]) == (1, 1)
+    assert [each["first_id"] for each in body["failed"]] == ["empty"]
+
+
+def test_rerank_orders_documents(server: Server, ranker: Ranker) -> None:
+    documents = LOREM[:9]
+    answer = ok(post(server, "/v1/rerank", {"query": "night nurse", "documents": documents, "top_n": 4}))
+    log_odds = ranker.score_request("night nurse", documents).log_odds
+    best = np.argsort(-log_odds, kind="stable")[:4]
+    assert [result["index"] for result in answer["results"]] == best.tolist()
+    assert [result["document"]["text"] for result in answer["results"]] == [documents[place] for place in best]
+    np.testing.assert_allclose([result["logit"] for result in answer["results"]], log_odds[best], rtol=0, atol=1e-5)
+    raw = ok(post(server, "/rerank", {"query": "night nurse", "documents": documents, "use_activation": False}))
+    assert [result["relevance_score"] for result in raw["results"]] == [each["logit"] for each in raw["results"]]
+    cut = ok(post(server, "/v2/rerank", {"query": "x", "documents": ["a job " * 20, "b"], "max_tokens_per_doc": 5}))
+    assert {result["index"]: result["truncated"] for result in cut["results"]} == {0: True, 1: False}
+    assert all("document" not in result for result in cut["results"])
+
+
+def test_answers_say_where_the_time_went(server: Server) -> None:
+    response = post(server, "/v1/score", {"query": "x", "items": ["y"]}, headers={"x-request-id": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1"
+    parts = [float(response.headers[f"x-{part}-time"]) for part in ("tokenization", "queue", "inference", "response")]
+    assert min(parts) >= 0
+    assert sum(parts) <= float(response.headers["x-total-time"]) + 0.01
+    tokens = len(server.service.engine.ranker.prompt.encode("x", ["y"]).item_ids[0])
+    assert int(response.headers["x-compute-tokens"]) > tokens
+
+
+def test_metrics_count(server: Server) -> None:
+    names = ("jaxslm_items_total", "jaxslm_prompt_tokens_total", "jaxslm_num_requests_total")
+    before = [metric(server.url, name) for name in names]
+    tokens = ok(post(server, "/v1/score", {"query": "x", "items": ["y", "z"]}))["usage"]["total_tokens"]
+    after = [metric(server.url, name) for name in names]
+    assert after[0] - before[0] == 2
+    assert after[1] - before[1] == tokens
+    assert after[2] > before[2]
+    assert metric(server.url, "jaxslm_queued_tokens") == metric(server.url, "jaxslm_num_requests_running") == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"query": "x", "items": []}, 200),
+        ({"query": "x"}, 400),
+        ({"items": ["y"]}, 400),
+        ({"query": " ", "items": ["y"]}, 400),
+        ({"query": "x", "items": ["y", " "]}, 400),
+        ({"query": "x", "items": [1]}, 422),
+        ({"query": "x", "items": ["y"], "itms": 1}, 422),
+        ({"query": "x", "items": ["y"], "item_ids": ["a", "b"]}, 400),
+        ({"query": "x", "items": ["y"] * 201}, 413),
+        ({"query": "x", "items": [""] * 201}, 413),
+        ({"query": [1], "items": ["y"]}, 400),
+        ({"query": "x", "items": [[1]]}, 400),
+        ({"query": [1], "items": [[10**6]]}, 400),
+        ({"query": [-1], "items": [[1]]}, 422),
+        ({"query": [1], "items": [[1] * 4000]}, 400),
+        ({"query": [], "items": [[]]}, 400),
+        ({"query": "x", "items": ["y"], "label_token_ids": [1], "apply_softmax": True}, 400),
+        ({"query": "x", "items": ["y"], "label_token_ids": [], "apply_softmax": True}, 400),
+        ({"query": "x", "items": ["y"], "item_first": True}, 400),
+        ({"query": "x" * 5000, "items": ["y"]}, 400),
+        ({"query": [1], "items": [[1]], "item_embed_overrides": [None]}, 400),
+        ([], 422),
+        (None, 422),
+    ],
+)
+def test_rules_of_score_requests(server: Server, body: Any, status: int) -> None:
+    response = post(server, "/v1/score", body)
+    if status == 200:
+        assert ok(response)["scores"] == []
+    else:
+        assert refused(response, status)
+
+
+def test_labels_that_need_the_whole_vocabulary_are_refused(server: Server, ranker: Ranker) -> None:
+    body = {"query": "x", "items": ["y"], "label_token_ids": list(ranker.label_token_ids)}
+    assert "whole vocabulary" in refused(post(server, "/v1/score", body), 400)
+
+
+def test_vectors_in_the_batch_do_not_touch_texts(server: Server, ranker: Ranker) -> None:
+    """The packer refuses mixtures of both; the batcher must never make one."""
+    request = PackRequest([1, 2], [[3, 4, 5]])
+    batcher = server.service.engine.batcher
+    deadline = 1e12
+    text = batcher.submit(request, deadline)
+    vectors = batcher.submit(PackRequest([1, 2], [[0, 0, 5]], np.ones((1, 2, 32), np.float32)), deadline)
+    assert not np.array_equal(text.future.result(60), vectors.future.result(60))
