@@ -66,6 +66,7 @@ def prune_checkpoint(
         small.tokenizer_files,
         source=_source(manifest.source, settings, prompts, calibration),
         parent=manifest.params_sha256,
+        metrics={"prune_seconds": round(seconds, 2)},
         extra={**dense.extra, MASKS: masks.tree()},
         compressor=manifest.compressor,
     )

@@ -1,0 +1,137 @@
+"""Pruned models beside the dense one: recovery at once or in stages, paired differences, speed in turns."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from jaxslm.checkpoint import load_manifest
+from jaxslm.config import ModelConfig
+from jaxslm.data_files import Item, Query
+from jaxslm.errors import InputError
+from jaxslm.evaluate.candidates import candidates
+from jaxslm.evaluate.rerank import Report
+from jaxslm.evaluate.significance import paired_bootstrap
+from jaxslm.model.cost import count_parameters, linear_flops_per_token
+from jaxslm.prune.checkpoints import prune_checkpoint
+from jaxslm.prune.criteria import Criterion
+from jaxslm.prune.model import PruneSettings
+from jaxslm.score.scorer import Ranker
+from jaxslm.train.ranker import train_ranker
+from jaxslm.train.settings import RankerTraining, TeacherSettings
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The calibration files of a study, as `prune_checkpoint` takes them."""
+
+    queries: Path
+    items: Path
+
+    def prune(self, model: Path, out: Path, settings: PruneSettings) -> None:
+        """Writes the pruned checkpoint unless it is there."""
+        if not out.exists():
+            prune_checkpoint(model, self.queries, out, settings, items=self.items)
+
+
+def arms(base: PruneSettings) -> dict[str, PruneSettings]:
+    """Returns the settings of every criterion with and without re-fitting, by name."""
+    return {
+        criterion + ("" if refit else ", not re-fitted"): base.model_copy(
+            update={"criterion": criterion, "refit": refit}
+        )
+        for criterion in get_args(Criterion)
+        for refit in (True, False)
+    }
+
+
+def recover(pruned: Path, dense: Path, out: Path, recovery: RankerTraining, share: float = 1.0) -> None:
+    """Trains a pruned checkpoint with the dense one as teacher, for a share of the steps, unless `out` is there.
+
+    Raises:
+        InputError: as `train_ranker`, and when the run was stopped.
+    """
+    if out.exists():
+        return
+    steps = max(1, round(share * recovery.steps))
+    teacher = TeacherSettings(checkpoint=str(dense))
+    settings = recovery.model_copy(update={"model": str(pruned), "teacher": teacher, "steps": steps})
+    if not train_ranker(settings, out).finished:
+        raise InputError(f"{out}: recovery was stopped; the same command goes on")
+
+
+def stages(config: ModelConfig, target: PruneSettings) -> list[tuple[PruneSettings, float]]:
+    """Returns a gradual schedule: neurons in two steps, then layers in two, each with its share of the recovery.
+
+    More than half of a model goes only in steps, with training between (Muralidharan et al., 2407.14679); the shares
+    leave most of the training to the last one.
+    """
+    first, width = target.drop_layers // 2, min(config.mlp_width_by_layer)
+    keep = target.mlp_keep or width
+    half = (width + keep) // 2 // target.width_multiple * target.width_multiple
+    steps: list[tuple[dict[str, int | None], float]] = [
+        ({"mlp_keep": max(half, keep), "drop_layers": 0}, 0.1),
+        ({"mlp_keep": keep, "drop_layers": 0}, 0.15),
+        ({"mlp_keep": None, "drop_layers": first}, 0.15),
+        ({"mlp_keep": None, "drop_layers": target.drop_layers - first}, 0.6),
+    ]
+    return [(target.model_copy(update=changes), share) for changes, share in steps]
+
+
+def prune_gradually(
+    dense: Path, out: Path, target: PruneSettings, recovery: RankerTraining, calibrated: Calibrated
+) -> Path:
+    """Prunes and recovers in `stages`, each from the last one's result; returns the last checkpoint, in `out`."""
+    current = dense
+    for number, (settings, share) in enumerate(stages(load_manifest(dense).ranker.model, target)):
+        pruned, recovered = out / f"{number}-pruned", out / f"{number}-recovered"
+        if settings.mlp_keep or settings.drop_layers:
+            calibrated.prune(current, pruned, settings)
+            recover(pruned, dense, recovered, recovery, share)
+            current = recovered
+    return current
+
+
+def row(name: str, report: Report, dense: Report, ranker: Ranker) -> dict[str, Any]:
+    """Returns a ranker's row of a result file, with its difference to the dense one on the same queries."""
+    difference = paired_bootstrap(report.ranker.per_query(), dense.ranker.per_query())
+    model = ranker.config.model
+    return {
+        **report.to_json(),
+        "name": name,
+        "parameters": count_parameters(model).total,
+        "non_embedding_parameters": count_parameters(model).non_embedding,
+        "linear_flops_per_token": linear_flops_per_token(model),
+        "prune_seconds": ranker.manifest.metrics.get("prune_seconds"),
+        "ndcg_minus_dense": difference.mean,
+        "ndcg_minus_dense_ci95": [difference.low, difference.high],
+    }
+
+
+def speed_in_turns(
+    rankers: Mapping[str, Ranker], queries: Sequence[Query], items: Mapping[str, Item], *, k: int, rounds: int = 5
+) -> dict[str, float]:
+    """Returns the median items per second of each ranker on the same requests, prompts encoded beforehand.
+
+    Rankers take turns, so that a slow moment of the machine hits all of them; a first round compiles and is not
+    counted.
+
+    Args:
+        queries: one request each: the BM25 list of length `k` and the judged items.
+    """
+    lists = candidates(queries, items, k)
+    texts = {query.query_id: query.query for query in queries}
+    taken: dict[str, list[float]] = {name: [] for name in rankers}
+    requests = {
+        name: [ranker.prompt.encode(texts[each.query_id], [items[item_id] for item_id in each.ids]) for each in lists]
+        for name, ranker in rankers.items()
+    }
+    for _ in range(rounds + 1):
+        for name, ranker in rankers.items():
+            start = time.perf_counter()
+            ranker.score_many(requests[name])
+            taken[name].append(time.perf_counter() - start)
+    count = sum(len(each.ids) for each in lists)
+    return {name: count / statistics.median(seconds[1:]) for name, seconds in taken.items()}

@@ -1,0 +1,82 @@
+"""Criteria of pruning beside the dense ranker: one-shot and recovered, paired intervals, items/s in the same run.
+
+    python scripts/prune_study.py --dense ranker --data demo/jobs --out study --mlp-keep 768 --drop-layers 2 \\
+        --recovery configs/cpu-recover.toml --recover osscar --gradual --limit 400
+
+Checkpoints in --out are reused, so a stopped study goes on. Prints one JSON object last and writes it to
+OUT/result.json, a result file for `jaxslm report`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from jaxslm.atomic import new_file
+from jaxslm.config import load_toml
+from jaxslm.evaluate.checkpoints import evaluate_loaded, read_split
+from jaxslm.evaluate.rerank import sample_queries
+from jaxslm.prune.model import PruneSettings
+from jaxslm.prune.study import Calibrated, arms, prune_gradually, recover, row, speed_in_turns
+from jaxslm.score.scorer import load
+from jaxslm.train.settings import RankerTraining
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("dense", "data", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--recovery", type=Path, help="settings of `jaxslm train ranker`; model and teacher are set")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="a.b=value in --recovery")
+    parser.add_argument("--recover", nargs="*", default=[], help="names of arms to recover")
+    parser.add_argument("--only", nargs="*", help="names of arms; all criteria with and without re-fitting")
+    parser.add_argument("--gradual", action="store_true", help="recover the first arm's target in four stages too")
+    parser.add_argument("--splits", nargs="*", default=["dev"], help="for example dev bls")
+    parser.add_argument("--limit", type=int, help="queries of each split")
+    parser.add_argument("--candidates", type=int, default=50)
+    parser.add_argument("--speed-queries", type=int, default=10)
+    for name, field in PruneSettings.model_fields.items():
+        if name not in ("criterion", "refit"):
+            kind = str if name == "depth_criterion" else int
+            parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    fields = PruneSettings.model_fields.keys() & vars(options).keys()
+    base = PruneSettings(**{name: getattr(options, name) for name in fields})
+    calibrated = Calibrated(options.data / "train.jsonl", options.data / "items.jsonl")
+    chosen = {name: arm for name, arm in arms(base).items() if not options.only or name in options.only}
+    paths = {"dense": options.dense}
+    recovery = load_toml(options.recovery, RankerTraining, tuple(options.overrides)) if options.recovery else None
+    for name, settings in chosen.items():
+        paths[name] = options.out / name.replace(", ", "-").replace(" ", "-")
+        calibrated.prune(options.dense, paths[name], settings)
+        if recovery and name in options.recover:
+            paths[f"{name}, recovered"] = paths[name].with_name(paths[name].name + "-recovered")
+            recover(paths[name], options.dense, paths[f"{name}, recovered"], recovery)
+    if recovery and options.gradual:
+        target = next(iter(chosen.values()))
+        folder = options.out / "gradual"
+        paths["gradual"] = prune_gradually(options.dense, folder, target, recovery, calibrated)
+    rankers = {name: load(path) for name, path in paths.items()}
+    items, queries = read_split(options.data, options.splits[0])
+    speed = speed_in_turns(rankers, sample_queries(queries, options.speed_queries), items, k=options.candidates)
+    rows, conditions = [], {"settings": base.model_dump(), "splits": {}}
+    lists = {"candidates": options.candidates, "limit": options.limit}
+    for split in options.splits:
+        reports = {
+            name: evaluate_loaded(ranker, options.data, split, name=name, **lists) for name, ranker in rankers.items()
+        }
+        conditions["splits"][split] = reports["dense"].conditions()
+        for name, report in reports.items():
+            measured = row(f"{name}, {split}", report, reports["dense"], rankers[name])
+            rows.append(measured | {"items_per_s": round(speed[name], 2)})
+    result = {"rows": rows, "conditions": conditions}
+    with new_file(options.out / "result.json") as file:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
