@@ -52,10 +52,19 @@ def start(code: str, *arguments: object, **options: object) -> "subprocess.Popen
     )
 
 
+def rest(process: "subprocess.Popen[str]") -> str:
+    """Waits for the end of a process; returns what it printed since the last `readline`."""
+    assert process.stdout is not None
+    with process.stdout:
+        output = process.stdout.read()
+    process.wait()
+    return output
+
+
 def finish(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=60)
+    output = rest(process)
     assert process.returncode == 0, output
-    return str(output)
+    return output
 
 
 def file_bytes(store: Store) -> int:
@@ -103,7 +112,7 @@ def test_a_killed_writer_loses_its_transaction_and_blocks_nobody(tmp_path: Path)
         assert writer.stdout.readline() == "0\n"
         time.sleep(0.05)
         writer.send_signal(signal.SIGKILL)
-        last = int(writer.communicate()[0].split()[-1])
+        last = max([0, *map(int, rest(writer).split())])
         with open_store(str(tmp_path)) as store:
             [data] = set(store.get([f"item-{n}" for n in range(50)]))
             assert data is not None
@@ -128,7 +137,7 @@ def kill_reader(path: Path) -> None:
     assert reader.stdout is not None
     assert reader.stdout.readline() == "open\n"
     reader.kill()
-    reader.communicate()
+    rest(reader)
 
 
 def test_killed_readers_do_not_make_the_file_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
