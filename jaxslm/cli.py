@@ -253,6 +253,12 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many queries, a fixed sample.")] = None,
     run_out: Annotated[Path | None, typer.Option("--run-out", help="Write a TREC run; must not exist.")] = None,
 ) -> None:
+    mode: Annotated[
+        Literal["text", "bi-encoder"], typer.Option(help="bi-encoder: cosines, for a checkpoint of `train encoder`.")
+    ] = "text",
+    max_item_tokens: Annotated[
+        int | None, typer.Option(min=1, help="What a bi-encoder reads of an item; by default as much as a row holds.")
+    ] = None,
     """Re-rank BM25 candidates and report nDCG@10, MRR@10 and Recall@10 beside BM25's own.
 
     Example: jaxslm eval --model smollm2 --data demo/jobs --split bls --limit 20
@@ -260,7 +266,34 @@ def evaluate(
     from jaxslm.evaluate.checkpoints import evaluate_checkpoint
 
     _keep_compiled_programs()
-    _answer(evaluate_checkpoint(model, data, split, candidates=candidates, limit=limit, run_out=run_out))
+    _answer(
+        evaluate_checkpoint(
+            model,
+            data,
+            split,
+            mode=mode,
+            max_item_tokens=max_item_tokens,
+            candidates=candidates,
+            limit=limit,
+            run_out=run_out,
+        )
+    )
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A TREC run, from `jaxslm eval --run-out`.")],
+    second: Annotated[Path, typer.Argument(help="Another one over the same queries.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder with the split's queries.")],
+    split: Annotated[str, typer.Option(help="Judgements to use: DATA/SPLIT.jsonl or .parquet.")] = "dev",
+) -> None:
+    """Compare two runs query by query: differences of nDCG@10, MRR@10 and Recall@10 with 95 % intervals.
+
+    Example: jaxslm compare ranker.run encoder.run --data demo/jobs --split dev
+    """
+    from jaxslm.evaluate.compare import compare_run_files
+
+    _answer(compare_run_files(first, second, data, split))
 
 
 @app.command()

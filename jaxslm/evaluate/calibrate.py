@@ -1,7 +1,7 @@
 """`jaxslm calibrate`: a scale for a checkpoint's probabilities, fitted on held-out pairs and measured on others."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ def calibrate_checkpoint(
     limit: int | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:
-    """Writes a copy of a checkpoint that carries a calibration; returns what it is worth, as a JSON-able dict.
+    """Writes a copy of a checkpoint that carries a calibration; returns what it is worth, as a result file.
 
     Half of the split's queries (by a hash of their ids) fit it, the other half measure it before and after. A query's
     pairs are its judged items and BM25's best `k`, those without a judgement as irrelevant: what a search engine
@@ -85,6 +85,10 @@ def calibrate_checkpoint(
         "pairs_fitted": len(fitting.labels),
         "pairs_measured": len(measuring.labels),
         **numbers,
+        "rows": [
+            {"name": f"{model.name}, {when} calibration", "calibration": asdict(report)}
+            for when, report in reports.items()
+        ],
         "plot": None if plot is None else str(plot),
     }
 

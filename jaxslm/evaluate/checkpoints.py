@@ -1,14 +1,19 @@
 """`jaxslm eval`: a checkpoint on a folder of data, beside BM25 on the same candidates."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxslm.atomic import refuse_existing
+from jaxslm.checkpoint import Checkpoint, load_checkpoint
 from jaxslm.data_files import Item, Query, read_items, read_queries
 from jaxslm.errors import InputError
 from jaxslm.evaluate.rerank import Report, evaluate_ranker, print_report
 from jaxslm.evaluate.trec import write_run
-from jaxslm.score.scorer import Ranker, load
+from jaxslm.score.bi_encoder import BiEncoder
+from jaxslm.score.scorer import Ranker, compute_dtype, load
+
+MAX_QUERY_TOKENS = 256
+"""A bi-encoder reads no more of a query."""
 
 
 def read_split(data: Path, split: str) -> tuple[dict[str, Item], list[Query]]:
@@ -17,7 +22,7 @@ def read_split(data: Path, split: str) -> tuple[dict[str, Item], list[Query]]:
     Raises:
         InputError: a file is missing or breaks its schema.
     """
-    return read_items(_data_file(data, "items")), read_queries(_data_file(data, split))
+    return read_items(data_file(data, "items")), read_queries(data_file(data, split))
 
 
 def evaluate_loaded(
@@ -32,10 +37,41 @@ def evaluate_loaded(
     return evaluate_ranker(score, queries, items, k=candidates, limit=limit, name=name)
 
 
+def evaluate_bi_encoder(
+    checkpoint: Checkpoint,
+    data: Path,
+    split: str,
+    *,
+    name: str,
+    candidates: int = 50,
+    limit: int | None = None,
+    max_item_tokens: int,
+) -> Report:
+    """Ranks the candidates of a split's queries by the cosine of mean states, as `jaxslm train encoder` learns them."""
+    items, queries = read_split(data, split)
+    tokenizer_json = checkpoint.tokenizer_files["tokenizer.json"].decode()
+    lengths = {"max_query_tokens": MAX_QUERY_TOKENS, "max_item_tokens": max_item_tokens}
+    encoder = BiEncoder(checkpoint.config, tokenizer_json, compute_dtype(), **lengths)
+    encoder.load(checkpoint.params)
+    return evaluate_ranker(encoder.score, queries, items, k=candidates, limit=limit, name=name)
+
+
 def evaluate_checkpoint(
-    model: Path, data: Path, split: str, *, candidates: int = 50, limit: int | None = None, run_out: Path | None = None
+    model: Path,
+    data: Path,
+    split: str,
+    *,
+    mode: Literal["text", "bi-encoder"] = "text",
+    max_item_tokens: int | None = None,
+    candidates: int = 50,
+    limit: int | None = None,
+    run_out: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint, prints the table and returns a result file (DESIGN: rows and conditions) as a dict.
+
+    Args:
+        mode: "text" scores whole rows as a ranker; "bi-encoder" compares mean states of query and item.
+        max_item_tokens: of the bi-encoder; the prompt's `max_tokens` if None. A ranker's prompt has its own limit.
 
     Raises:
         InputError: `run_out` exists, or the checkpoint or the data break a rule.
@@ -43,15 +79,33 @@ def evaluate_checkpoint(
     if run_out is not None:
         refuse_existing(run_out)
     for stem in ("items", split):
-        _data_file(data, stem)  # missing files are told before the model loads
-    report = evaluate_loaded(load(model), data, split, name=model.name, candidates=candidates, limit=limit)
+        data_file(data, stem)  # missing files are told before the model loads
+    conditions: dict[str, Any] = {"mode": mode}
+    if mode == "bi-encoder":
+        checkpoint = load_checkpoint(model)
+        conditions["max_item_tokens"] = max_item_tokens or checkpoint.config.prompt.max_tokens
+        report = evaluate_bi_encoder(
+            checkpoint,
+            data,
+            split,
+            name=model.name,
+            candidates=candidates,
+            limit=limit,
+            max_item_tokens=conditions["max_item_tokens"],
+        )
+    elif max_item_tokens is not None:
+        raise InputError("max_item_tokens is the bi-encoder's: a ranker's rows are cut by its prompt")
+    else:
+        report = evaluate_loaded(load(model), data, split, name=model.name, candidates=candidates, limit=limit)
     print_report(report)
     if run_out is not None:
         write_run(run_out, report.run, model.name)
-    return report.to_result() | {"data": str(data), "split": split}
+    result = report.to_result()
+    return result | {"conditions": result["conditions"] | conditions, "data": str(data), "split": split}
 
 
-def _data_file(data: Path, stem: str) -> Path:
+def data_file(data: Path, stem: str) -> Path:
+    """Returns `data/stem.jsonl` or `data/stem.parquet`; raises InputError if there is neither."""
     found = [path for path in (data / f"{stem}.jsonl", data / f"{stem}.parquet") if path.is_file()]
     if not found:
         raise InputError(f"{data}: holds neither {stem}.jsonl nor {stem}.parquet")

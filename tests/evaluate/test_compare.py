@@ -1,0 +1,79 @@
+"""Runs from files compare as runs in memory do; a checkpoint is evaluated as ranker and as bi-encoder on one list."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxslm.errors import InputError
+from jaxslm.evaluate.checkpoints import evaluate_checkpoint
+from jaxslm.evaluate.compare import compare_run_files
+from jaxslm.evaluate.metrics import Run
+from jaxslm.evaluate.significance import compare_runs
+from jaxslm.evaluate.trec import read_run, write_run
+from tests.tiny import tiny_checkpoint, tiny_config
+
+GENERATOR = np.random.default_rng(0)
+LABELS = {f"q{n}": {f"i{n}": 1.0, f"i{n + 1}": 0.5} for n in range(12)}
+GOOD: Run = {query: {f"i{n}": float(n == int(query[1:])) for n in range(13)} for query in LABELS}
+RANDOM: Run = {query: {f"i{n}": float(GENERATOR.normal()) for n in range(13)} for query in LABELS}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    queries = [
+        {"query_id": query, "query": "red job", "items": [{"id": key, "label": label} for key, label in judged.items()]}
+        for query, judged in LABELS.items()
+    ]
+    items = [{"id": f"i{n}", "text": " ".join(GENERATOR.choice(["red", "blue", "job"], 5))} for n in range(13)]
+    for name, rows in (("dev", queries), ("items", items)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_run(folder / "good.run", GOOD)
+    write_run(folder / "random.run", RANDOM)
+    return folder
+
+
+def test_files_compare_as_runs_do(data: Path) -> None:
+    found = compare_run_files(data / "good.run", data / "random.run", data, "dev")
+    for measure, numbers in found["measures"].items():
+        expected = compare_runs(LABELS, GOOD, RANDOM, measure)
+        assert numbers["difference"] == pytest.approx(numbers["first"] - numbers["second"])
+        assert numbers["difference"] == pytest.approx(expected.mean)
+        assert numbers["ci95"] == [expected.low, expected.high]
+    assert found["queries"] == 12
+    assert found["measures"]["rr_at_10"]["first"] == 1
+    same = compare_run_files(data / "good.run", data / "good.run", data, "dev")
+    assert all(numbers["ci95"] == [0, 0] for numbers in same["measures"].values())
+
+
+def test_runs_of_other_queries_are_refused(data: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "few.run", {query: GOOD[query] for query in list(GOOD)[:5]})
+    with pytest.raises(InputError, match="cover different queries: 7 only in the first"):
+        compare_run_files(data / "good.run", tmp_path / "few.run", data, "dev")
+    write_run(tmp_path / "other.run", {"elsewhere": {"i1": 1.0}})
+    with pytest.raises(InputError, match="none of the 0 queries"):
+        compare_run_files(tmp_path / "other.run", tmp_path / "other.run", data, "dev")
+    with pytest.raises(InputError, match="no such file"):
+        compare_run_files(tmp_path / "none.run", data / "good.run", data, "dev")
+
+
+def test_a_checkpoint_is_evaluated_as_ranker_and_as_bi_encoder_on_one_list(data: Path, tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "ckpt", tiny_config("llama", num_layers=1), template="yes-no", instruction="?")
+    results: dict[str, dict[str, Any]] = {}
+    for mode, options in (("text", {}), ("bi-encoder", {"max_item_tokens": 16})):
+        run = tmp_path / f"{mode}.run"
+        results[mode] = evaluate_checkpoint(model, data, "dev", mode=mode, candidates=5, run_out=run, **options)  # type: ignore[arg-type]
+    conditions = [result["conditions"] for result in results.values()]
+    assert [each["mode"] for each in conditions] == ["text", "bi-encoder"]
+    assert conditions[1]["max_item_tokens"] == 16
+    assert conditions[0]["candidates"] == conditions[1]["candidates"]
+    assert results["text"]["rows"][1] == results["bi-encoder"]["rows"][1]  # BM25 on the same candidates
+    runs = [read_run(tmp_path / f"{mode}.run") for mode in results]
+    assert all(runs[0][query].keys() == runs[1][query].keys() for query in LABELS)
+    assert all(-1.001 <= cosine <= 1.001 for row in runs[1].values() for cosine in row.values())
+    assert compare_run_files(tmp_path / "text.run", tmp_path / "bi-encoder.run", data, "dev")["queries"] == 12
+    with pytest.raises(InputError, match="max_item_tokens is the bi-encoder's"):
+        evaluate_checkpoint(model, data, "dev", max_item_tokens=16)
