@@ -6,9 +6,12 @@ edge cases that a CPU interprets in seconds.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 import jax
 import numpy as np
+
+OPS = ("gated_mlp", "prefix_item_attention")
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,9 @@ class Spec:
 
     def __str__(self) -> str:
         return f"{self.op}, {self.name}"
+
+
+def specs(op: str) -> tuple[Spec, ...]:
+    """Returns the workloads' shapes of one of OPS."""
+    found: tuple[Spec, ...] = import_module(f"pallas_kernels.{op}.specs").SPECS
+    return found
