@@ -168,6 +168,23 @@ def prune(
     mlp_keep: Annotated[int | None, typer.Option(help="Neurons to keep in every layer.")] = None,
     drop_layers: Annotated[int, typer.Option(min=0, help="Layers to drop.")] = 0,
     kv_groups_keep: Annotated[int | None, typer.Option(help="KV groups to keep in every layer.")] = None,
+@app.command("teacher-requests")
+def teacher_requests(
+    config: Annotated[Path, typer.Option("--config", help="Settings of `train ranker` as TOML.")],
+    out: NewPath,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="a.b=value, instead of the file's.")] = None,
+) -> None:
+    """Write the pairs that a teacher is to score: what `score` makes of them is `data.teacher_scores`.
+
+    Example: jaxslm teacher-requests --config configs/cpu.toml --out requests.jsonl
+    """
+    from jaxslm.config import load_toml
+    from jaxslm.train.settings import RankerTraining
+    from jaxslm.train.teacher_requests import write_teacher_requests
+
+    _answer(write_teacher_requests(load_toml(config, RankerTraining, tuple(overrides or ())).data, out))
+
+
     vocab_keep: Annotated[Path | None, typer.Option(help="Items whose tokens are the vocabulary to keep.")] = None,
     criterion: Annotated[
         Literal["osscar", "flap", "wanda", "activation", "magnitude", "random"],

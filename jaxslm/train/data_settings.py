@@ -48,7 +48,8 @@ class DataSettings(SourceSettings):
             when M is one or two per cent above R times the usual list; `BatchIterator.padding_fraction` tells.
         max_prefix_tokens: P, the prompt's words and the query. A longer query is an error, never cut.
         max_item_tokens: T, an item's text and the prompt's suffix. The text's end is cut to keep it.
-        teacher_requests: the input of `jaxslm score` that made `teacher_scores`; its items need ids.
+        teacher_requests: the input of `jaxslm score` that made `teacher_scores`; its items need ids. `jaxslm
+            teacher-requests` writes one for these settings.
         teacher_scores: the output of `jaxslm score`; adds "teacher" to the batches, found by query text and item id.
     """
 
@@ -85,10 +86,22 @@ class PairSettings(SourceSettings):
     """Pairs of a query and one of its best items, for contrastive training.
 
     Attributes:
-        pairs_per_batch: B; each pair's negatives are the items of the others.
-        max_query_tokens, max_item_tokens: longest rows; longer texts lose their end.
+        pairs_per_batch: B, the most pairs in a batch; each pair's negatives are the items of the others.
+        tokens_per_batch: M, tokens of a batch with padding; room for two pairs of the largest size.
+        max_prefix_tokens: P, the prompt's words and the query. A longer query is an error, never cut.
+        max_item_tokens: T, an item's text, whose end is cut to keep it.
     """
 
     pairs_per_batch: Annotated[int, Field(ge=2)]
-    max_query_tokens: Positive
+    tokens_per_batch: Positive
+    max_prefix_tokens: Positive
     max_item_tokens: Positive
+
+    @model_validator(mode="after")
+    def _shapes_hold_two_pairs(self) -> "PairSettings":
+        if self.tokens_per_batch < 2 * (self.max_prefix_tokens + self.max_item_tokens):
+            raise ValueError(
+                f"tokens_per_batch {self.tokens_per_batch} is less than two of the largest pairs: twice"
+                " max_prefix_tokens + max_item_tokens"
+            )
+        return self
