@@ -68,11 +68,11 @@ def stages(config: ModelConfig, target: PruneSettings) -> list[tuple[PruneSettin
     More than half of a model goes only in steps, with training between (Muralidharan et al., 2407.14679); the shares
     leave most of the training to the last one.
     """
-    first, width = target.drop_layers // 2, min(config.mlp_width_by_layer)
-    keep = target.mlp_keep or width
-    half = (width + keep) // 2 // target.width_multiple * target.width_multiple
+    first = target.drop_layers // 2
+    width, keep, multiple = min(config.mlp_width_by_layer), target.mlp_keep, target.width_multiple
+    half = keep and max(keep, (width + keep) // 2 // multiple * multiple)
     steps: list[tuple[dict[str, int | None], float]] = [
-        ({"mlp_keep": max(half, keep), "drop_layers": 0}, 0.1),
+        ({"mlp_keep": half, "drop_layers": 0}, 0.1),
         ({"mlp_keep": keep, "drop_layers": 0}, 0.15),
         ({"mlp_keep": None, "drop_layers": first}, 0.15),
         ({"mlp_keep": None, "drop_layers": target.drop_layers - first}, 0.6),

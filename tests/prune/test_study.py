@@ -1,0 +1,66 @@
+"""The study's parts: arms, stages, speed in turns, recovery in stages."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxslm.bench.workloads import MODELS
+from jaxslm.checkpoint import load_checkpoint, load_manifest
+from jaxslm.data_files import Item, Judged, Query
+from jaxslm.prune.model import PruneSettings
+from jaxslm.prune.study import Calibrated, arms, prune_gradually, speed_in_turns, stages
+from tests.prune.made import PROMPT
+from tests.tiny import tiny_checkpoint, tiny_config, tiny_ranker
+from tests.train.toy import toy_folder, toy_ranker
+
+
+def test_arms_are_all_criteria_with_and_without_refitting() -> None:
+    found = arms(PruneSettings(mlp_keep=1536, seed=3))
+    assert len(found) == 12
+    assert found["osscar"] == PruneSettings(mlp_keep=1536, seed=3)
+    assert found["wanda, not re-fitted"] == PruneSettings(mlp_keep=1536, seed=3, criterion="wanda", refit=False)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ({"mlp_keep": 1536, "drop_layers": 8}, [(2304, 0), (1536, 0), (None, 4), (None, 4)]),
+        ({"mlp_keep": 2944, "drop_layers": 1}, [(2944, 0), (2944, 0), (None, 0), (None, 1)]),
+        ({"drop_layers": 3}, [(None, 0), (None, 0), (None, 1), (None, 2)]),
+    ],
+)
+def test_stages(target: dict[str, Any], expected: list[tuple[int | None, int]]) -> None:
+    found = stages(MODELS["qwen3-0.6b"], PruneSettings(**target))
+    assert [(settings.mlp_keep, settings.drop_layers) for settings, _ in found] == expected
+    assert sum(share for _, share in found) == pytest.approx(1)
+
+
+def test_speed_in_turns(tmp_path: Path) -> None:
+    rankers = {name: tiny_ranker(tmp_path / name, seed=seed, **PROMPT) for seed, name in enumerate("ab")}
+    items = {name: Item(id=name, text=name) for name in ("nurse", "baker", "pilot")}
+    queries = [Query(query_id="1", query="a nurse", items=(Judged(id="nurse", label=1.0),))]
+    speed = speed_in_turns(rankers, queries, items, k=2, rounds=2)
+    assert speed.keys() == {"a", "b"}
+    assert min(speed.values()) > 0
+
+
+def test_pruning_and_recovering_in_stages(tmp_path: Path) -> None:
+    """Each stage starts from the last one's result and is taught by the dense model; what is there is not redone."""
+    toy = toy_folder(tmp_path / "toy")
+    dense = tiny_checkpoint(
+        tmp_path / "dense", tiny_config("llama"), template="yes-no", instruction="Match", max_tokens=192
+    )
+    recovery = toy_ranker(
+        toy, f"teacher.checkpoint={dense}", "losses.distillation=1.0", "steps=4", "save_every=4", "evaluation.every=4",
+        "remat=false", "tensorboard=false",
+    ).model_copy(update={"layers": None, "prompt": None})  # fmt: skip
+    target = PruneSettings(drop_layers=1, calibration_tokens=500)
+    calibrated = Calibrated(toy / "train.jsonl", toy / "items.jsonl")
+    last = prune_gradually(dense, tmp_path / "stages", target, recovery, calibrated)
+    assert {path.name for path in (tmp_path / "stages").glob("[0-3]-*ed")} == {"3-pruned", "3-recovered"}
+    assert load_manifest(last).parent == load_manifest(tmp_path / "stages" / "3-pruned").params_sha256
+    assert load_checkpoint(last).config.model.num_layers == 1
+    before = load_manifest(last)
+    assert prune_gradually(dense, tmp_path / "stages", target, recovery, calibrated) == last
+    assert load_manifest(last) == before
