@@ -23,6 +23,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxslm.serve.auth import Authenticator
+from jaxslm.serve.demo import add_page
 from jaxslm.serve.engine import Engine
 from jaxslm.serve.errors import ApiError, error_response, invalid
 from jaxslm.serve.schemas import (
@@ -43,6 +44,7 @@ from jaxslm.serve.settings import ServeSettings
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 ADMIN_PATHS = frozenset({"/v1/items"})
+MAX_HEAD_BYTES = 16 * 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_DEADLINE_DIGITS = re.compile(r"[0-9]{1,9}")
 
@@ -71,6 +73,8 @@ class Gate:
             await send(message)
 
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
+                raise ApiError(431, "head_too_large", f"headers: at most {MAX_HEAD_BYTES} bytes")
             self.keys.check(scope["path"], Headers(scope=scope), admin=scope["path"] in ADMIN_PATHS)
             await self.app(scope, receive, send_with_headers)
         except ClientGoneError:
@@ -226,6 +230,7 @@ def create_app(engine: Engine) -> FastAPI:
     _add_scoring(app, service)
     _add_items(app, service)
     _add_operations(app, engine)
+    add_page(app, engine.settings, has_store=engine.catalogue is not None)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -11,14 +11,13 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jaxslm.serve.app import create_app
+from jaxslm.serve.app import MAX_HEAD_BYTES, create_app
 from jaxslm.serve.engine import Engine
 from jaxslm.serve.errors import ApiError, error_body
 from jaxslm.serve.logs import log_to_stderr
 from jaxslm.serve.service import Service
 from jaxslm.serve.settings import ServeSettings, read_keys
 
-MAX_HEAD_BYTES = 16 * 1024
 ANSWER_S = 1.0
 """A request that is too slow gets its answer before the connection is cut."""
 

@@ -214,13 +214,17 @@ class Service:
 
     async def _wait(self, jobs: Sequence[Job], seconds: float, gone: Disconnected) -> list[np.ndarray]:
         """Returns the logits of all jobs; gives up when the time is over or the client has gone."""
-        scored = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+
+        async def all_logits() -> list[np.ndarray]:
+            return [await asyncio.wrap_future(job.future) for job in jobs]
+
+        scored = asyncio.ensure_future(all_logits())
         left = asyncio.ensure_future(gone())
         either: set[asyncio.Future[Any]] = {scored, left}
         try:
             done, _ = await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if scored in done:
-                return list(scored.result())
+                return scored.result()
             if left in done:
                 raise ClientGoneError
             raise DeadlineError

@@ -33,7 +33,8 @@ class ServeSettings(Settings):
 
     Attributes:
         model: checkpoint folder. model_name: what answers call it; the folder's name if None.
-        store: URL of the item store, if any. host, port: where to listen; port 0 takes a free one.
+        store: URL of the item store, if any. items: file of postings that the page at `/` ranks.
+        host, port: where to listen; port 0 takes a free one.
         buckets: TOML of `jaxslm bench fit-buckets`, the shapes to compile; `jaxslm.serve.buckets.serving_buckets` if
             None.
         max_batch_tokens: tokens that are sent to the device together; the largest bucket's, times devices, if None.
@@ -52,6 +53,7 @@ class ServeSettings(Settings):
     model: NonEmpty
     model_name: NonEmpty | None = None
     store: NonEmpty | None = None
+    items: NonEmpty | None = None
     host: NonEmpty = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     buckets: NonEmpty | None = None

@@ -17,7 +17,7 @@ import pytest
 from jaxslm.items.store import StoreUnavailable
 from jaxslm.score.compiled import CompiledScorer
 from jaxslm.serve.run import Server
-from tests.serve.tiny_server import ADMIN, metric, process
+from tests.serve.tiny_server import ADMIN, log_lines, metric, process
 
 BODY = {"query": "x", "items": ["a job", "a ward"]}
 
@@ -141,7 +141,7 @@ def test_too_much_work_is_refused_at_once_with_when_to_come_back(
             wait_for(lambda running=running: batcher.running_batches == running)
         accepted.append(threads.submit(score, server.url))
         wait_for(lambda: batcher.queued_tokens > 0)
-        patch.setattr(batcher, "tokens_per_s", 20.0)
+        patch.setattr(batcher, "tokens_per_s", 1.0)
         answer = score(server.url)
         assert (answer.status_code, answer.json()["type"]) == (429, "overloaded")
         assert int(answer.headers["retry-after"]) > 5
@@ -197,8 +197,8 @@ def test_processes_that_share_a_store_are_killed_and_stopped_under_load(
                 wait_for(lambda: any(each.done() for each in load))
                 second.send_signal(signal.SIGKILL)
                 outcomes = [each.result() for each in load]
-            assert set(outcomes) <= {"200", "disconnected"}
-            assert "disconnected" in outcomes
+            assert set(outcomes) <= {"200", "429", "disconnected", "refused"}
+            assert {"disconnected", "refused"} & set(outcomes)
         _put(url, "after-the-kill")
         assert score(url, {"query": "x", "item_ids": ["from-second", "after-the-kill"]}).status_code == 200
         with ThreadPoolExecutor(8) as threads:
@@ -207,8 +207,11 @@ def test_processes_that_share_a_store_are_killed_and_stopped_under_load(
             first.send_signal(signal.SIGTERM)
             outcomes = [each.result() for each in load]
         assert "200" in outcomes
-        assert set(outcomes) <= {"200", "503", "refused"}
         _check_end(first)
+        # A connection that was never accepted is refused or reset by the kernel; every one that was has its answer.
+        assert set(outcomes) <= {"200", "429", "503", "refused", "disconnected"}
+        statuses = {line["status"] for line in log_lines(tmp_path / "a.log") if line["message"] == "request"}
+        assert statuses <= {200, 429, 503}
 
 
 def _put(url: str, item_id: str) -> None:

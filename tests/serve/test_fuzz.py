@@ -19,6 +19,7 @@ ERROR_FIELDS = {"object", "message", "type", "param", "code", "id"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # the server's threads do, in this process
 @pytest.mark.parametrize("examples", [4, pytest.param(170, marks=pytest.mark.slow)])
 def test_no_request_breaks_the_server(server: Server, examples: int) -> None:
     """170 examples are 2,040 requests or more: six operations have bodies, which are made valid and invalid."""

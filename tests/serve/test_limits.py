@@ -54,6 +54,7 @@ def still_well(server: Server) -> Iterator[None]:
     [
         (b"", 400),
         (b"{", 400),
+        (b"null", 422),
         (b"\xff\xfe", 400),
         (b'{"query": "x", "items": ["\\ud800"]}', 400),
         (b'{"query": "x", "items": [NaN]}', 422),
@@ -121,11 +122,12 @@ def test_a_head_that_is_too_long_is_refused(server: Server) -> None:
     with connection(server) as client:
         client.sendall(head(extra=f"x-long: {'a' * 70_000}\r\n") + b"\r\n")
         answer = until_closed(client)
-    assert answer.startswith(b"HTTP/1.1 400")
-    assert json.loads(answer.split(b"\r\n\r\n")[1])["code"] == 400
+    status = int(answer.split(b" ")[1])
+    assert status in (400, 431)  # 400 if it does not come in one piece
+    assert json.loads(answer.split(b"\r\n\r\n")[1])["code"] == status
 
 
-@pytest.mark.parametrize("data", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"hello\r\n\r\n"])
+@pytest.mark.parametrize("data", [b"\x16\x03\x01\x02\x00\x01\x00", b"hello\r\n\r\n"])
 def test_what_is_no_http_is_refused(server: Server, data: bytes) -> None:
     with connection(server) as client:
         client.sendall(data)
