@@ -314,6 +314,20 @@ def compare(
 
 
 @app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Result files (JSON) of eval, bench and the recipes.")],
+    out: NewPath,
+) -> None:
+    """Turn result files into Markdown, plots (SVG, PNG) and one HTML page.
+
+    Example: jaxslm report results.json serve.json --out report
+    """
+    from jaxslm.evaluate.report import write_report
+
+    _answer({"report": str(write_report(results, out))})
+
+
+@app.command()
 def serve(
     model: Annotated[
         Path | None, typer.Option("--model", help="A checkpoint folder; needed here or in --config.")

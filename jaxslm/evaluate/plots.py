@@ -1,0 +1,242 @@
+"""The plots of a report beside `reliability`'s: every point and line has its name beside it and a shape of its own."""
+
+from collections.abc import Callable, Sequence
+from itertools import cycle, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxslm.evaluate.figures import LIGHT, MARKERS, SERIES, Drawing, draw
+from jaxslm.evaluate.results import LoadStep, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+LATENCY_TARGET_MS = 500.0
+WIDE_RANGE = 4.0  # largest over smallest value from which on an axis is logarithmic
+DASHES = ((5, 3), (1.5, 2), (7, 2, 1.5, 2))
+_LABEL_PLACES = tuple((9.0 * x, 9.0 * y) for x, y in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1.4), (0, -1.4)))
+
+
+def frontier(rows: Sequence[Row]) -> Drawing | None:
+    """Returns nDCG@10 against items/s, or None if no row has both. Rows without a speed are horizontal lines."""
+    points = [(row, row.items_per_s, row.ndcg_at_10) for row in rows if row.ndcg_at_10 is not None and row.items_per_s]
+    lines = [(row, row.ndcg_at_10) for row in rows if row.ndcg_at_10 is not None and not row.items_per_s]
+    if not points:
+        return None
+
+    def plot(axes: "Axes") -> None:
+        speeds = [x for _, x, _ in points]
+        _scale(axes, "x", speeds)
+        margin = max(1.25, (max(speeds) / min(speeds)) ** 0.12)
+        axes.set(xlim=(min(speeds) / margin, max(speeds) * margin), xlabel="items/s", ylabel="nDCG@10")
+        best = _undominated([(x, y) for _, x, y in points])
+        axes.plot(*zip(*best, strict=True), color=LIGHT["muted"], linewidth=1, zorder=1)
+        for (row, x, y), marker, role in zip(points, cycle(MARKERS), cycle(SERIES), strict=False):
+            _point(axes, row, (x, y), marker, LIGHT[role])
+        floor = _floor([(row.ndcg_ci95 or (y,))[0] for row, _, y in points], [y for _, y in lines])
+        for (_, y), dashes in zip(lines, cycle(DASHES), strict=False):
+            if y >= floor:
+                axes.axhline(y, color=LIGHT["muted"], linewidth=1.2, dashes=dashes, zorder=0)
+        axes.margins(y=0.1)
+        _label_lines(axes, [(f"{row.name}, {y:.3f}", y) for row, y in lines if y >= floor])
+        _label_below(axes, [f"{row.name}, {y:.3f}" for row, y in lines if y < floor])
+        occupied = [(x, low, high) for row, x, y in points for low, high in [row.ndcg_ci95 or (y, y)]]
+        _label_points(axes, [(row.name, x, y) for row, x, y in points], occupied, best)
+
+    said = [f"{row.name} {y:.3f} at {x:,.3g} items/s" for row, x, y in points]
+    said += [f"{row.name} {y:.3f}" for row, y in lines]
+    return draw(
+        plot,
+        760,
+        440,
+        title="nDCG@10 against items/s: " + "; ".join(said),
+        caption="Up and to the right is better; the line joins what nothing else beats in both. Vertical bars: 95 %"
+        " interval of the mean over queries. Dashed: references whose speed was not measured.",
+    )
+
+
+def bars(names: Sequence[str], values: Sequence[float], *, title: str, write: Callable[[float], str]) -> Drawing:
+    """Returns one horizontal bar per name, the first on top, each with its value written behind it."""
+
+    def plot(axes: "Axes") -> None:
+        places = range(len(names))
+        axes.barh(places, values, height=0.62, color=LIGHT["series-1"])
+        axes.set_yticks(places, [_shortened(name, 24) for name in names])
+        axes.invert_yaxis()
+        axes.tick_params(length=0)
+        axes.xaxis.set_visible(False)
+        axes.grid(visible=False)
+        for side in ("bottom", "left"):
+            axes.spines[side].set_visible(False)
+        axes.set_xlim(0, 1.35 * max(values) or 1.0)
+        for place, value in zip(places, values, strict=True):
+            axes.annotate(write(value), (value, place), (4, 0), textcoords="offset points", va="center")
+
+    said = ", ".join(f"{name} {write(value)}" for name, value in zip(names, values, strict=True))
+    return draw(plot, 350, 20 + 26 * len(names), title=f"{title}: {said}", caption=title)
+
+
+def load_curve(workload: str, steps: Sequence[LoadStep]) -> Drawing:
+    """Returns latency percentiles against the offered load, with the target of 500 ms."""
+    steps = sorted(steps, key=lambda step: step.offered_items_per_s)
+    loads = [step.offered_items_per_s for step in steps]
+    lines = {
+        "p50": [step.p50_ms for step in steps],
+        "p95": [step.p95_ms for step in steps],
+        "p99": [step.p99_ms for step in steps],
+    }
+
+    def plot(axes: "Axes") -> None:
+        _scale(axes, "x", loads)
+        _scale(axes, "y", [LATENCY_TARGET_MS, *(value for values in lines.values() for value in values)])
+        axes.set(xlabel="offered load, items/s", ylabel="latency, ms")
+        for values, marker, role in zip(lines.values(), MARKERS, SERIES, strict=False):
+            axes.plot(loads, values, color=LIGHT[role], marker=marker, markersize=4.5, linewidth=1.4)
+        axes.axhline(LATENCY_TARGET_MS, color=LIGHT["muted"], dashes=DASHES[0], linewidth=1.2, zorder=0)
+        axes.margins(x=0.12)
+        _label_lines(axes, [(f"{LATENCY_TARGET_MS:g} ms", LATENCY_TARGET_MS)])
+        _label_ends(axes, [(name, loads[-1], values[-1]) for name, values in lines.items()])
+
+    said = "; ".join(f"{step.offered_items_per_s:.3g} items/s: p99 {step.p99_ms:.3g} ms" for step in steps)
+    return draw(
+        plot,
+        760,
+        400,
+        title=f"Latency against load, {workload}: {said}",
+        caption=f"{workload}: latency from when a request was due, not from when it was sent, so that waiting counts.",
+    )
+
+
+def _point(axes: "Axes", row: Row, place: tuple[float, float], marker: str, colour: str) -> None:
+    x, y = place
+    low, high = row.ndcg_ci95 or (y, y)
+    slow, fast = row.items_per_s_p5 or x, row.items_per_s_p95 or x
+    errors = [[max(0.0, y - low)], [max(0.0, high - y)]], [[max(0.0, x - slow)], [max(0.0, fast - x)]]
+    axes.errorbar(x, y, *errors, marker=marker, markersize=7, color=colour, elinewidth=1.2, capsize=2.5, zorder=3)
+
+
+def _floor(points: Sequence[float], lines: Sequence[float]) -> float:
+    """Returns the height below which a reference would only press the rest of the plot together."""
+    lowest = min([*points, *([max(lines)] if lines else [])])
+    return lowest - max(0.05, max([*points, *lines]) - lowest)
+
+
+def _undominated(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the points that no other one beats in both coordinates, by rising x."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(places, reverse=True):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return best[::-1]
+
+
+def _scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
+    """Makes an axis logarithmic if its values, all positive, span much; writes its ticks as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis: Any = axes.xaxis if which == "x" else axes.yaxis
+    span = max(values) / min(values)
+    if span > WIDE_RANGE:
+        axes.set(**{f"{which}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 1000 else (1.0,)))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def _label_lines(axes: "Axes", lines: Sequence[tuple[str, float]]) -> None:
+    """Writes names over horizontal lines, at the left; below its line where another lies close above it."""
+    low, high = axes.get_ylim()
+    for name, height in lines:
+        below = any(0 < other - height < 0.06 * (high - low) for _, other in lines)
+        axes.annotate(
+            _shortened(name, 48),
+            (0.006, height),
+            (0, -2.5 if below else 2.5),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            va="top" if below else "bottom",
+            color=LIGHT["muted"],
+        )
+
+
+def _label_below(axes: "Axes", names: Sequence[str]) -> None:
+    """Writes the names of lines that lie below the plot along its lower edge."""
+    if names:
+        text = "below: " + "; ".join(names)
+        axes.annotate(text, (0.994, 0.015), xycoords="axes fraction", ha="right", va="bottom", color=LIGHT["muted"])
+
+
+def _label_points(
+    axes: "Axes",
+    points: Sequence[tuple[str, float, float]],
+    bars: Sequence[tuple[float, float, float]],
+    line: Sequence[tuple[float, float]],
+) -> None:
+    """Writes each point's name beside it, where it covers least of what is there already.
+
+    Args:
+        bars: vertical ones, as (x, low, high). line: corners of a line.
+    """
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    pixels = axes.transData.transform
+    places = [pixels((x, y)) for _, x, y in points]
+    taken = [_box(x - 6, y - 6, x + 6, y + 6) for x, y in places]
+    taken += [_box(*pixels((x, low)) - 3, *pixels((x, high)) + 3) for x, low, high in bars]
+    for start, end in pairwise(pixels(line)):
+        taken += [_box(*place - 3, *place + 3) for place in np.linspace(start, end, 40)]
+    taken += [text.get_window_extent() for text in axes.texts]
+    inside = axes.get_window_extent()
+    for name, x, y in points:
+        covered = []
+        for offset in _LABEL_PLACES:
+            text = _annotate(axes, name, (x, y), offset)
+            box = text.get_window_extent()
+            text.remove()
+            outside = box.width * box.height - _overlap(box, inside)
+            covered.append(round(sum(_overlap(box, other) for other in taken) + 3 * outside))
+        text = _annotate(axes, name, (x, y), _LABEL_PLACES[covered.index(min(covered))])
+        taken.append(text.get_window_extent())
+
+
+def _annotate(axes: "Axes", name: str, place: tuple[float, float], offset: tuple[float, float]) -> "Annotation":
+    right, up = offset
+    return axes.annotate(
+        _shortened(name, 40),
+        place,
+        offset,
+        textcoords="offset points",
+        ha="center" if right == 0 else "left" if right > 0 else "right",
+        va="bottom" if up > 0 else "top",
+    )
+
+
+def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float]]) -> None:
+    """Writes names behind the last points of lines, moved apart where they would touch."""
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    pixels_per_point = axes.figure.dpi / 72
+    lowest = float("-inf")
+    for name, x, y in sorted(ends, key=lambda end: end[2]):
+        at = float(axes.transData.transform((x, y))[1])
+        place = max(at, lowest)
+        lowest = place + 11 * pixels_per_point
+        offset = (8, (place - at) / pixels_per_point)
+        axes.annotate(name, (x, y), offset, textcoords="offset points", va="center")
+
+
+def _box(x0: float, y0: float, x1: float, y1: float) -> "Bbox":
+    from matplotlib.transforms import Bbox
+
+    return Bbox.from_extents(x0, y0, x1, y1)
+
+
+def _overlap(a: "Bbox", b: "Bbox") -> float:
+    width = min(a.x1, b.x1) - max(a.x0, b.x0)
+    height = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return float(max(0.0, width) * max(0.0, height))
+
+
+def _shortened(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
