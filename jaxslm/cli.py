@@ -132,7 +132,10 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder
 
 @app.command()
 def train(
-    kind: Annotated[Literal["encoder", "ranker"], typer.Argument(help="encoder: contrastive start; ranker: lists.")],
+    kind: Annotated[
+        Literal["encoder", "ranker", "compressor"],
+        typer.Argument(help="encoder: contrastive start; ranker: lists; compressor: items as embedding tokens."),
+    ],
     config: Annotated[Path, typer.Option("--config", help="Settings as TOML; see configs/.")],
     out: Annotated[Path, typer.Option("--out", help="Checkpoint to write; a run that was stopped goes on.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="a.b=value, instead of the file's.")] = None,
@@ -149,6 +152,11 @@ def train(
         from jaxslm.train.settings import EncoderTraining
 
         result = train_encoder(load_toml(config, EncoderTraining, chosen), out)
+    elif kind == "compressor":
+        from jaxslm.train.compressor import train_compressor
+        from jaxslm.train.compressor_settings import CompressorTraining
+
+        result = train_compressor(load_toml(config, CompressorTraining, chosen), out)
     else:
         from jaxslm.train.ranker import train_ranker
         from jaxslm.train.settings import RankerTraining
@@ -159,15 +167,6 @@ def train(
         raise typer.Exit(130)
 
 
-@app.command()
-def prune(
-    model: Checkpoint,
-    calibration: Annotated[Path, typer.Option(help="Requests as `score` reads them; with --items, queries.")],
-    out: NewPath,
-    items: Annotated[Path | None, typer.Option(help="Items that the queries of --calibration judge.")] = None,
-    mlp_keep: Annotated[int | None, typer.Option(help="Neurons to keep in every layer.")] = None,
-    drop_layers: Annotated[int, typer.Option(min=0, help="Layers to drop.")] = 0,
-    kv_groups_keep: Annotated[int | None, typer.Option(help="KV groups to keep in every layer.")] = None,
 @app.command("teacher-requests")
 def teacher_requests(
     config: Annotated[Path, typer.Option("--config", help="Settings of `train ranker` as TOML.")],
@@ -185,6 +184,15 @@ def teacher_requests(
     _answer(write_teacher_requests(load_toml(config, RankerTraining, tuple(overrides or ())).data, out))
 
 
+@app.command()
+def prune(
+    model: Checkpoint,
+    calibration: Annotated[Path, typer.Option(help="Requests as `score` reads them; with --items, queries.")],
+    out: NewPath,
+    items: Annotated[Path | None, typer.Option(help="Items that the queries of --calibration judge.")] = None,
+    mlp_keep: Annotated[int | None, typer.Option(help="Neurons to keep in every layer.")] = None,
+    drop_layers: Annotated[int, typer.Option(min=0, help="Layers to drop.")] = 0,
+    kv_groups_keep: Annotated[int | None, typer.Option(help="KV groups to keep in every layer.")] = None,
     vocab_keep: Annotated[Path | None, typer.Option(help="Items whose tokens are the vocabulary to keep.")] = None,
     criterion: Annotated[
         Literal["osscar", "flap", "wanda", "activation", "magnitude", "random"],
@@ -250,6 +258,10 @@ def score(
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Add P(yes) by the checkpoint's calibration.")
     ] = False,
+    mode: Annotated[
+        Literal["text", "compressed"], typer.Option(help="compressed: items by id, from --store.")
+    ] = "text",
+    store: Annotated[str | None, typer.Option("--store", metavar="URL", help="What `jaxslm encode` filled.")] = None,
 ) -> None:
     """Score items against queries: P(yes) and log-odds per item, in input order.
 
@@ -257,8 +269,10 @@ def score(
     """
     from jaxslm.score.files import score_file
 
+    if (mode == "compressed") != (store is not None):
+        raise InputError("--mode compressed and --store belong together")
     _keep_compiled_programs()
-    _answer(score_file(model, input_file, output, buckets, calibrated=calibrated))
+    _answer(score_file(model, input_file, output, buckets, calibrated=calibrated, store=store))
 
 
 @app.command("eval")
@@ -269,13 +283,15 @@ def evaluate(
     candidates: Annotated[int, typer.Option(min=0, help="BM25 candidates per query, beside the judged items.")] = 50,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many queries, a fixed sample.")] = None,
     run_out: Annotated[Path | None, typer.Option("--run-out", help="Write a TREC run; must not exist.")] = None,
-) -> None:
     mode: Annotated[
-        Literal["text", "bi-encoder"], typer.Option(help="bi-encoder: cosines, for a checkpoint of `train encoder`.")
+        Literal["text", "compressed", "bi-encoder"],
+        typer.Option(help="compressed: items from --store; bi-encoder: cosines, for a checkpoint of `train encoder`."),
     ] = "text",
+    store: Annotated[str | None, typer.Option("--store", metavar="URL", help="What `jaxslm encode` filled.")] = None,
     max_item_tokens: Annotated[
         int | None, typer.Option(min=1, help="What a bi-encoder reads of an item; by default as much as a row holds.")
     ] = None,
+) -> None:
     """Re-rank BM25 candidates and report nDCG@10, MRR@10 and Recall@10 beside BM25's own.
 
     Example: jaxslm eval --model smollm2 --data demo/jobs --split bls --limit 20
@@ -289,6 +305,7 @@ def evaluate(
             data,
             split,
             mode=mode,
+            store=store,
             max_item_tokens=max_item_tokens,
             candidates=candidates,
             limit=limit,
@@ -333,6 +350,7 @@ def serve(
         Path | None, typer.Option("--model", help="A checkpoint folder; needed here or in --config.")
     ] = None,
     store: Annotated[str | None, typer.Option(metavar="URL", help="Item store: a folder or redis://HOST.")] = None,
+    items: Annotated[Path | None, typer.Option("--items", help="Postings for the page at /: .jsonl, .parquet.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, typer.Option(help="8000 by default; 0 takes a free one.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings as TOML: jaxslm/serve/settings.py lists them.")] = None,
@@ -346,7 +364,7 @@ def serve(
     from jaxslm.serve.run import serve as run
     from jaxslm.serve.settings import ServeSettings
 
-    options = {"model": model and str(model), "store": store, "host": host, "port": port}
+    options = {"model": model and str(model), "store": store, "items": items and str(items), "host": host, "port": port}
     given = tuple(f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None)
     settings = load_toml(config, ServeSettings, (*given, *(overrides or ())))
     _keep_compiled_programs()
@@ -426,6 +444,30 @@ def bench_score(
     )
 
 
+@bench.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Option(help="A running server: jaxslm serve.")] = "http://127.0.0.1:8000",
+    workload: Annotated[
+        list[str] | None, typer.Option(help="full_text, text_300, summary or stored (by id); by default text_300.")
+    ] = None,
+    items: Annotated[Path | None, typer.Option("--items", help="What the server's store holds; for stored.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="JAXSLM_API_KEY", help="If the server wants one.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Processes that send.")] = 2,
+    seconds: Annotated[float, typer.Option(min=1.0, help="That each rate is kept.")] = 15.0,
+    start_rate: Annotated[float | None, typer.Option(min=0.01, help="First requests per second.")] = None,
+) -> None:
+    """Raise the load on a running server until more than 1 % of answers take over 500 ms; items/s below that.
+
+    Example: jaxslm bench serve --url http://127.0.0.1:8000 --workload text_300
+    """
+    from jaxslm.bench.client import Target
+    from jaxslm.bench.server import LoadOptions
+    from jaxslm.bench.server import bench_serve as run
+
+    options = LoadOptions(clients=clients, seconds=seconds, start_rate=start_rate)
+    _answer(run(Target(url.rstrip("/"), api_key), workload or ["text_300"], items, options))
+
+
 @bench.command("peers")
 def bench_peers(
     workload: Annotated[str, typer.Option(help="A workload of text: full_text, text_300 or summary.")],
@@ -446,6 +488,20 @@ def bench_peers(
     _answer(
         run(workload, model, peer_python, repeats=repeats, items=items, batches=batches, torch_compile=torch_compile)
     )
+
+
+@bench.command("kernels")
+def bench_kernels(
+    op: Annotated[list[str] | None, typer.Option("--op", help="A kernel: gated_mlp, ...; all by default.")] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+) -> None:
+    """Time each GPU kernel beside XLA and other libraries' (cuDNN, tokamax where it is installed).
+
+    Example: jaxslm bench kernels --op gated_mlp
+    """
+    from jaxslm.bench.kernels import bench_kernels as run
+
+    _answer(run(op, repeats))
 
 
 @bench.command("fit-buckets")
