@@ -44,13 +44,14 @@ class Tiles:
     """Sizes that may be tuned.
 
     Attributes:
-        keys: keys of a tile. stages: tiles of keys, and of values, in flight.
+        keys: keys of a tile: 64, or 128 with `weights_in_registers`; otherwise registers spill.
+        stages: tiles of keys, and of values, in flight.
         queries: how many of its ROWS queries a block answers; fewer where neighbours see keys that lie far apart.
         weights_in_registers: 1 feeds the softmax weights to the second product from registers, 0 from shared memory.
             Less traffic, but interpret mode has no such operand.
     """
 
-    keys: int
+    keys: int = 64
     stages: int = 2
     queries: int = ROWS
     weights_in_registers: int = 0
@@ -66,11 +67,9 @@ def tiles_for(tuned: Mapping[str, int], shape: Mapping[str, int]) -> Tiles:
     """Returns the tuned tiles if there are some, else ones that are safe for sizes by axis letter, not measured."""
     if tuned:
         return Tiles(**tuned)
-    # Three heads a block leave registers for tiles of 64 keys only.
-    keys = 64 if heads_per_block(shape["N"] // shape["K"]) == 3 else 128
     # A block's queries should see about 256 keys between them, where each stands for M / Q of these.
     queries = max((q for q in (16, 32, ROWS) if q * shape["M"] <= 256 * shape["Q"]), default=8)
-    return Tiles(keys, queries=queries)
+    return Tiles(queries=queries)
 
 
 def heads_per_block(queries_per_kv: int) -> int:
@@ -102,7 +101,7 @@ def attention(
     tiles: Tiles,
     interpret: Any = None,
 ) -> Float[Array, "Q N H"]:
-    """Returns softmax(q k / sqrt(H)) v over the keys seen. There is no gradient.
+    """Returns softmax(q k / sqrt(H)) v over the keys seen. Its gradient raises NotImplementedError.
 
     Copies are made if Q is no multiple of `tiles.queries`, or these are fewer than ROWS, and if M is no multiple of
     ALIGNMENT or less than a tile.
@@ -171,6 +170,7 @@ def _shared(tiles: Tiles, W: int, H: int, dtype: DTypeLike) -> _Shared:
     )
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _kernel_call(
     q_QNH: Array, k_MKH: Array, v_MKH: Array, spans_4Q: Array, plan_B6: Array, tiles: Tiles, interpret: Any
 ) -> Array:
@@ -220,6 +220,11 @@ def _kernel_call(
         interpret=interpret,
         kernel_name="prefix_item_attention",
     )(plan_B6, spans_4Q, q_QNH, k_MKH, v_MKH)
+
+
+@_kernel_call.defjvp
+def _no_gradient(tiles: Tiles, interpret: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    raise NotImplementedError("the kernel of prefix_item_attention has no gradient: name implementation 'xla' to train")
 
 
 def _fill_ring(
@@ -280,8 +285,10 @@ def _attend(shared: _Shared, schedule: Schedule, warpgroup: Array, tiles: Tiles,
         weights = jnp.exp2(logits * scale - _columns(new_highest, tiles.keys))
         rescale = jnp.exp2(highest - new_highest)
         total = total * rescale + jnp.sum(weights, axis=1)
+        out = out * _columns(rescale, H)
+        weights = weights.astype(shared.v.dtype)
         plgpu.barrier_wait(shared.v_full.at[slot])
-        out = _add_product(out * _columns(rescale, H), weights, shared, slot, warpgroup, tiles)
+        out = _add_product(out, weights, shared, slot, warpgroup, tiles)
         plgpu.barrier_arrive(shared.v_free.at[slot])
         return out, new_highest, total
 
@@ -311,12 +318,11 @@ def _seen(spans: KeySpans, key: Array, first: Array, end: Array) -> Array:
 
 
 def _add_product(out: Array, weights: Array, shared: _Shared, slot: Array, warpgroup: Array, tiles: Tiles) -> Array:
-    """Returns out + weights v, the weights rounded to v's dtype."""
-    rounded = weights.astype(shared.v.dtype)
+    """Returns out + weights v."""
     if tiles.weights_in_registers:
 
         def accumulate(acc: Any) -> None:
-            plgpu.wgmma(acc, rounded, shared.v.at[slot])
+            plgpu.wgmma(acc, weights, shared.v.at[slot])
 
         summed: Array = pl.run_state(accumulate)(plgpu.WGMMAAccumulatorRef.init(out))
         return summed
@@ -325,6 +331,6 @@ def _add_product(out: Array, weights: Array, shared: _Shared, slot: Array, warpg
         plgpu.wgmma(acc, shared.weights.at[warpgroup], shared.v.at[slot])
         return acc[...]
 
-    shared.weights[warpgroup] = rounded
+    shared.weights[warpgroup] = weights
     plgpu.commit_smem()
     return out + pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, out.shape[1]), jnp.float32))

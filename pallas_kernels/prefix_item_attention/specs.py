@@ -11,16 +11,16 @@ from pallas_kernels.specs import Spec
 
 TILES: tuple[Mapping[str, int], ...] = (
     {},
-    {"keys": 128, "stages": 2, "weights_in_registers": 1},
-    {"keys": 64, "stages": 2},
     {"keys": 64, "stages": 4},
+    {"keys": 64, "stages": 2, "weights_in_registers": 1},
     {"keys": 64, "stages": 4, "weights_in_registers": 1},
+    {"keys": 128, "stages": 2, "weights_in_registers": 1},
 )
 """First the default, which depends on the shape."""
 
 LAST_LAYER_TILES: tuple[Mapping[str, int], ...] = (
     {},
-    *({"keys": 128, "queries": queries} for queries in (8, 16, 32, 64)),
+    *({"keys": keys, "queries": q, "weights_in_registers": 1} for keys in (64, 128) for q in (8, 16, 32, 64)),
 )
 
 Request = tuple[int, Sequence[int]]

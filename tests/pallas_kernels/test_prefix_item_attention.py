@@ -43,7 +43,7 @@ def test_the_kernel_agrees_with_float64(spec: Spec) -> None:
 @pytest.mark.parametrize(
     ("spec", "tiles"),
     [
-        pytest.param(SMALL[1], mosaic_gpu.Tiles(keys=64, stages=3), id="small tiles, deep ring"),
+        pytest.param(SMALL[1], mosaic_gpu.Tiles(keys=128, stages=3), id="large tiles, deep ring"),
         pytest.param(SMALL[2], mosaic_gpu.Tiles(keys=64, stages=1, queries=16), id="one stage, few queries"),
     ],
 )
@@ -182,3 +182,16 @@ def test_tiles_that_overflow_shared_memory_are_refused() -> None:
 def test_the_kernel_needs_a_gpu() -> None:
     with pytest.raises(ValueError, match="needs a Hopper GPU"):
         SMALL[0].run(*SMALL[0].make(0), implementation=MOSAIC_GPU)
+
+
+def test_only_xla_has_a_gradient() -> None:
+    q, k, v, *spans = map(jnp.asarray, SMALL[3].make(3))
+
+    def total(q: jax.Array, implementation: str) -> jax.Array:
+        return SMALL[3].run(q, k, v, *spans, implementation=implementation).astype(jnp.float32).sum()
+
+    with pytest.raises(NotImplementedError, match="has no gradient: name implementation 'xla'"):
+        jax.eval_shape(jax.grad(partial(total, implementation=INTERPRETED)), q)
+    gradient = jax.jit(jax.grad(partial(total, implementation=XLA)))(q)
+    assert np.isfinite(np.asarray(gradient).astype(np.float32)).all()
+    assert np.asarray(gradient).any()
