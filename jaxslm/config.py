@@ -141,8 +141,6 @@ class CompressorConfig(Settings):
     tokenizer_sha256: str
 
 
-class Bucket(Settings):
-    """One static shape of a scoring forward pass (`jaxslm.model.layout.SharedPrefix`).
 class Calibration(Settings):
     """P(yes) = sigmoid(scale * z + bias), z = z_yes - z_no. The scale is positive, so the order of items never changes.
 
@@ -169,6 +167,8 @@ class Calibration(Settings):
         return np.where(log_odds >= 0, 1, small) / (1 + small)
 
 
+class Bucket(Settings):
+    """One static shape of a scoring forward pass (`jaxslm.model.layout.SharedPrefix`).
 
     Attributes:
         tokens: M, the flat token places. rows: R, each with room for one prefix and `items_per_row` items.
