@@ -5,15 +5,16 @@ from typing import Any, Literal
 
 from jaxslm.atomic import refuse_existing
 from jaxslm.checkpoint import Checkpoint, load_checkpoint
+from jaxslm.compress.encoder import identity_of
+from jaxslm.compress.splice import text_of
 from jaxslm.data_files import Item, Query, read_items, read_queries
 from jaxslm.errors import InputError
 from jaxslm.evaluate.rerank import Report, evaluate_ranker, print_report
 from jaxslm.evaluate.trec import write_run
+from jaxslm.items.lookup import ItemVectors
+from jaxslm.items.store import Store, open_store
 from jaxslm.score.bi_encoder import BiEncoder
 from jaxslm.score.scorer import Ranker, compute_dtype, load
-
-MAX_QUERY_TOKENS = 256
-"""A bi-encoder reads no more of a query."""
 
 
 def read_split(data: Path, split: str) -> tuple[dict[str, Item], list[Query]]:
@@ -49,11 +50,45 @@ def evaluate_bi_encoder(
 ) -> Report:
     """Ranks the candidates of a split's queries by the cosine of mean states, as `jaxslm train encoder` learns them."""
     items, queries = read_split(data, split)
-    tokenizer_json = checkpoint.tokenizer_files["tokenizer.json"].decode()
-    lengths = {"max_query_tokens": MAX_QUERY_TOKENS, "max_item_tokens": max_item_tokens}
-    encoder = BiEncoder(checkpoint.config, tokenizer_json, compute_dtype(), **lengths)
+    encoder = BiEncoder(checkpoint.config.model, checkpoint.prompt, compute_dtype(), max_item_tokens=max_item_tokens)
     encoder.load(checkpoint.params)
     return evaluate_ranker(encoder.score, queries, items, k=candidates, limit=limit, name=name)
+
+
+def evaluate_store(
+    ranker: Ranker,
+    store: Store,
+    data: Path,
+    split: str,
+    *,
+    name: str,
+    candidates: int = 50,
+    limit: int | None = None,
+) -> Report:
+    """Ranks the candidates of a split's queries by log-odds on the embedding tokens that a store has of them.
+
+    Raises:
+        InputError: a candidate is not in the store, or its record is stale or corrupt: an evaluation is of all or none.
+        StoreUnavailable: the store fails.
+    """
+    items, queries = read_split(data, split)
+    known = ItemVectors(store, identity_of(ranker.manifest))
+    known.check_store()
+    fields = ranker.manifest.compressor.text_fields if ranker.manifest.compressor is not None else ()
+
+    def score(query: str, chosen: list[Item]) -> Any:
+        lookup = known.get([item.id for item in chosen])
+        vectors = [each for each in lookup.vectors if each is not None]
+        if len(vectors) < len(chosen):
+            place = lookup.vectors.index(None)
+            raise InputError(
+                f"store {store.url}: item {chosen[place].id!r} is {lookup.status[place].replace('_', ' ')},"
+                f" {len(chosen) - len(vectors)} of {len(chosen)} candidates cannot be scored; `jaxslm encode` fills it"
+            )
+        texts = [text_of(item, fields) for item in chosen] if fields else None
+        return ranker.score_vectors(query, vectors, texts).log_odds
+
+    return evaluate_ranker(score, queries, items, k=candidates, limit=limit, name=name)
 
 
 def evaluate_checkpoint(
@@ -61,7 +96,8 @@ def evaluate_checkpoint(
     data: Path,
     split: str,
     *,
-    mode: Literal["text", "bi-encoder"] = "text",
+    mode: Literal["text", "compressed", "bi-encoder"] = "text",
+    store: str | None = None,
     max_item_tokens: int | None = None,
     candidates: int = 50,
     limit: int | None = None,
@@ -70,7 +106,8 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint, prints the table and returns a result file (DESIGN: rows and conditions) as a dict.
 
     Args:
-        mode: "text" scores whole rows as a ranker; "bi-encoder" compares mean states of query and item.
+        mode: "text" scores whole rows as a ranker; "compressed" reads items as embedding tokens from `store`;
+            "bi-encoder" compares mean states of query and item.
         max_item_tokens: of the bi-encoder; the prompt's `max_tokens` if None. A ranker's prompt has its own limit.
 
     Raises:
@@ -80,6 +117,8 @@ def evaluate_checkpoint(
         refuse_existing(run_out)
     for stem in ("items", split):
         data_file(data, stem)  # missing files are told before the model loads
+    if (mode == "compressed") != (store is not None):
+        raise InputError("mode compressed and a store belong together")
     conditions: dict[str, Any] = {"mode": mode}
     if mode == "bi-encoder":
         checkpoint = load_checkpoint(model)
@@ -95,6 +134,12 @@ def evaluate_checkpoint(
         )
     elif max_item_tokens is not None:
         raise InputError("max_item_tokens is the bi-encoder's: a ranker's rows are cut by its prompt")
+    elif store is not None:
+        with open_store(store, read_only=True) as opened:
+            conditions["store"] = opened.url
+            report = evaluate_store(
+                load(model), opened, data, split, name=model.name, candidates=candidates, limit=limit
+            )
     else:
         report = evaluate_loaded(load(model), data, split, name=model.name, candidates=candidates, limit=limit)
     print_report(report)

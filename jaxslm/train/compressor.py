@@ -29,12 +29,17 @@ from jaxslm.model.decoder import Decoder, Params
 from jaxslm.score.scorer import Ranker
 from jaxslm.train.compressor_data import CompressorBatches, CompressorItems, MixedLists
 from jaxslm.train.compressor_settings import CompressorSettings, CompressorTraining
-from jaxslm.train.compressor_step import Models, compressor_loss, compressor_optimiser, compressor_partition
+from jaxslm.train.compressor_step import (
+    Models,
+    compressor_loss,
+    compressor_optimiser,
+    compressor_partition,
+    compressor_work,
+)
 from jaxslm.train.data import ranker_data
 from jaxslm.train.heldout import HeldOut
 from jaxslm.train.hosts import join_hosts
 from jaxslm.train.loop import Task, TrainResult, dtype_of, run
-from jaxslm.train.speed import compressor_work
 from jaxslm.train.start import first_layers, load_start
 from jaxslm.train.step import make_mesh
 from jaxslm.train.teacher import Teacher, load_teacher
@@ -86,7 +91,7 @@ def train_compressor(settings: CompressorTraining, out: Path) -> TrainResult:
             host=jax.process_index(),
             hosts=jax.process_count(),
         ),
-        work=lambda batch: compressor_work(start.config.model, first.config.encoder, batch),
+        work=lambda batch: compressor_work(models, batch),
         evaluate=lambda params: encoder.evaluate(params, held_out, settings.chosen_ks),
         partition=partition,
         optimiser=compressor_optimiser(settings),

@@ -1,9 +1,11 @@
 """The loss of a compressor and its ranker, which of their parameters train, and at which rate."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -13,13 +15,15 @@ from jaxslm.compress.encoder import pooled_states
 from jaxslm.compress.projector import project
 from jaxslm.compress.splice import splice
 from jaxslm.config import CompressorConfig, RankerConfig
+from jaxslm.model.cost import attention_flops_per_pair, linear_flops_per_token
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_rows
 from jaxslm.train import losses
-from jaxslm.train.compressor_data import MIXED
+from jaxslm.train.compressor_data import MIXED, TEXT
 from jaxslm.train.compressor_settings import CompressorLosses, CompressorTraining
 from jaxslm.train.partition import LABEL_ROWS, TABLES, Frozen, Partition, join_params, split_params
 from jaxslm.train.ranker import list_log_odds, lists, ranking_terms, weighted_sum
+from jaxslm.train.speed import BACKWARD, ranker_work
 from jaxslm.train.step import DATA, Batch, LossFn, decode_items, gather, item_states, learning_rates
 from jaxslm.train.teacher import Teacher
 
@@ -129,6 +133,23 @@ def _alignment(
     if weights.hidden_alignment:
         terms["hidden_alignment"] = losses.hidden_cosine(lists(states), lists(text), valid_RJ)
     return terms
+
+
+def compressor_work(models: Models, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    """Returns (real tokens, FLOPs) of a batch; a text that vectors are compared with is read forward alone."""
+    ranker, encoder = models.config.model, models.compressor.encoder
+    if MIXED[0] not in batch:
+        return ranker_work(ranker, batch)
+    tokens, flops = ranker_work(ranker, {name: batch[source] for name, source in zip(TEXT, MIXED, strict=True)})
+    if TEXT[0] in batch:
+        read, forward_and_backward = ranker_work(ranker, batch)
+        tokens, flops = tokens + read, flops + forward_and_backward // (1 + BACKWARD)
+    if "item_valid" in batch:
+        lengths = np.sum(batch["item_valid"], axis=-1, dtype=np.int64)
+        encoded, pairs = int(lengths.sum()), int(np.sum(lengths * (lengths + 1) // 2))
+        forward = linear_flops_per_token(encoder) * encoded + attention_flops_per_pair(encoder) * pairs
+        tokens, flops = tokens + encoded, flops + (1 if "warm_up" in batch else 1 + BACKWARD) * forward
+    return tokens, flops
 
 
 def compressor_partition(settings: CompressorTraining, config: RankerConfig) -> Partition:
