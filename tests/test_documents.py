@@ -57,6 +57,7 @@ def test_examples_of_help(command: Any) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_loads_and_its_header_commands_exist(path: Path) -> None:
+    from jaxslm.train.compressor_settings import CompressorTraining
     from jaxslm.train.settings import EncoderTraining, RankerTraining
 
     text = path.read_text(encoding="utf-8")
@@ -65,7 +66,11 @@ def test_config_loads_and_its_header_commands_exist(path: Path) -> None:
     for command in commands:
         check_command(command)
     [own] = [command for command in commands if f"configs/{path.name}" in command]
-    kinds: dict[str, type[Settings]] = {"encoder": EncoderTraining, "ranker": RankerTraining}
+    kinds: dict[str, type[Settings]] = {
+        "encoder": EncoderTraining,
+        "ranker": RankerTraining,
+        "compressor": CompressorTraining,
+    }
     load_toml(path, kinds[shlex.split(own)[2]])
 
 
