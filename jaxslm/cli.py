@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from jaxslm.config import TemplateName
 from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
 
@@ -79,7 +80,7 @@ def convert(
     source: Annotated[str, typer.Option("--from", help="Hugging Face folder, hub id (owner/name) or .gguf file.")],
     out: NewPath,
     prompt: Annotated[
-        Literal["qwen3-reranker", "yes-no"] | None,
+        TemplateName | None,
         typer.Option(help="Prompt template; by default qwen3-reranker for the qwen3 family, else yes-no."),
     ] = None,
     instruction: Annotated[str | None, typer.Option(help="What relevance means, in a sentence.")] = None,

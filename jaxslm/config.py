@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Family = Literal["llama", "qwen3"]
+TemplateName = Literal["qwen3-reranker", "yes-no", "brief"]
 
 
 class Settings(BaseModel):
@@ -82,13 +83,14 @@ class PromptConfig(Settings):
     """Which prompt a ranker reads. The template's own words live in `jaxslm.prompt`.
 
     Attributes:
-        template: "qwen3-reranker" (the published prompt of Qwen3-Reranker) or "yes-no" (a plain question).
+        template: "qwen3-reranker" (the published prompt of Qwen3-Reranker) or "yes-no" (a plain question) or
+            "brief" (hardly a word per item, for models that are trained to read it).
         instruction: what relevance means here, in a sentence.
         max_tokens: longest row in tokens; only the item's body is cut to keep it.
         labels: the words for (no, yes), each one token of the tokenizer; the template's own if None.
     """
 
-    template: Literal["qwen3-reranker", "yes-no"]
+    template: TemplateName
     instruction: NonEmpty = "Given a web search query, retrieve relevant passages that answer the query"
     max_tokens: Annotated[int, Field(ge=32)] = 2048
     labels: Annotated[tuple[NonEmpty, NonEmpty], Field(strict=False)] | None = None

@@ -56,6 +56,15 @@ TEMPLATES = {
         yes=" yes",
         no=" no",
     ),
+    # For models trained from here on: every word that is repeated for each item costs, so there is hardly one.
+    "brief": Template(
+        prefix="{instruction}\nQuery:",
+        after_query="\nDocument:",
+        after_item="\n",
+        suffix="Match:",
+        yes=" yes",
+        no=" no",
+    ),
 }
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from jaxslm.atomic import refuse_existing
 from jaxslm.checkpoint import Manifest, save_checkpoint
-from jaxslm.config import PromptConfig, RankerConfig, validate
+from jaxslm.config import PromptConfig, RankerConfig, TemplateName, validate
 from jaxslm.errors import InputError
 from jaxslm.prompt import Prompt
 
@@ -17,7 +17,7 @@ def convert(
     source: str,
     out: Path,
     *,
-    template: Literal["qwen3-reranker", "yes-no"] | None = None,
+    template: TemplateName | None = None,
     instruction: str | None = None,
     max_tokens: int | None = None,
     labels: tuple[str, str] | None = None,

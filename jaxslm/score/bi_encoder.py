@@ -7,45 +7,49 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from jaxslm.config import RankerConfig
+from jaxslm.config import ModelConfig
 from jaxslm.data_files import Item
-from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.layout import Rows
-from jaxslm.prompt import text_tokenizer
+from jaxslm.prompt import Prompt
 
-# So many items are encoded together, or as many as make so many tokens.
+# So many items are encoded together, or as many as make so many tokens; lengths are rounded up to so many.
 _ROWS = 64
 _TOKENS = 8192
+_STEP = 16
 
 
 def mean_states(
-    decoder: Decoder, params: Params, tokens_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"]
+    decoder: Decoder,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+    pooled_BT: Bool[Array, "B T"],
 ) -> Float[Array, "B D"]:
-    """Returns the mean of each row's normed final states over its real tokens, float32; 0 for a row without tokens."""
+    """Returns the mean of each row's normed final states over its pooled tokens, float32; 0 for a row without any.
+
+    Args:
+        valid_BT: real tokens. pooled_BT: those of them that the mean is over.
+    """
     states_BTD = jnp.asarray(decoder.apply({"params": params}, tokens_BT, Rows(valid_BT, last_only=False)))
-    total_BD = jnp.einsum("BTD,BT->BD", states_BTD.astype(jnp.float32), valid_BT.astype(jnp.float32))
-    return total_BD / jnp.maximum(jnp.sum(valid_BT, axis=1, keepdims=True), 1)
+    total_BD = jnp.einsum("BTD,BT->BD", states_BTD.astype(jnp.float32), pooled_BT.astype(jnp.float32))
+    return total_BD / jnp.maximum(jnp.sum(pooled_BT, axis=1, keepdims=True), 1)
 
 
 class BiEncoder:
-    """Scores items by the cosine of mean states, as the contrastive stage sees texts. Items are encoded once."""
+    """Scores items by the cosine of mean states, as the contrastive stage sees texts. Items are encoded once.
 
-    def __init__(
-        self,
-        config: RankerConfig,
-        tokenizer_json: str,
-        dtype: jnp.dtype,
-        *,
-        max_query_tokens: int,
-        max_item_tokens: int,
-    ) -> None:
-        """Args: dtype: compute dtype. max_query_tokens, max_item_tokens: longer texts lose their end."""
-        self._tokenizer = text_tokenizer(tokenizer_json)
-        self._max_query_tokens, self._max_item_tokens = max_query_tokens, max_item_tokens
-        self._rows = max(1, min(_ROWS, _TOKENS // max_item_tokens))
-        decoder = Decoder(config.model, dtype)
-        self._pool = jax.jit(lambda params, tokens, valid: mean_states(decoder, params, tokens, valid))
+    An item is read behind the prompt's instruction in place of a query, since training puts it behind any query.
+    """
+
+    def __init__(self, config: ModelConfig, prompt: Prompt, dtype: jnp.dtype, *, max_item_tokens: int) -> None:
+        """Args: dtype: compute dtype. max_item_tokens: longer texts lose their end."""
+        self._prompt, self._max_item_tokens = prompt, max_item_tokens
+        self._item_prefix = prompt.encode_query(prompt.config.instruction)
+        self._longest = -(-(len(self._item_prefix) + max_item_tokens + 1) // _STEP) * _STEP
+        self._rows = max(1, min(_ROWS, _TOKENS // self._longest))
+        decoder = Decoder(config, dtype)
+        self._pool = jax.jit(lambda params, tokens, valid, pooled: mean_states(decoder, params, tokens, valid, pooled))
         self._items: dict[str, np.ndarray] = {}
         self._params: Params = {}
 
@@ -59,25 +63,26 @@ class BiEncoder:
         Raises:
             InputError: an empty query, or an item without text.
         """
-        if not query.strip():
-            raise InputError("query: must not be empty")
+        query_ids = self._prompt.encode_query(query)
         new = list({item.id: item for item in items if item.id not in self._items}.values())
-        texts = [f"{(item.title or '').strip()}\n{item.text.strip()}".strip() for item in new]
-        if "" in texts:
-            raise InputError(f"item {new[texts.index('')].id!r}: has no text")
-        for start in range(0, len(new), self._rows):
-            part = slice(start, start + self._rows)
-            states = self._encode(texts[part], self._rows, self._max_item_tokens)
-            self._items |= {item.id: state for item, state in zip(new[part], states, strict=True)}
-        query_D = self._encode([query.strip()], 1, self._max_query_tokens)[0]
+        if new:
+            suffix = len(self._prompt.suffix_ids)
+            encoded = self._prompt.encode(self._prompt.config.instruction, new, self._max_item_tokens).item_ids
+            rows = [self._item_prefix + ids[:-suffix] for ids in encoded]
+            for start in range(0, len(new), self._rows):
+                part = slice(start, start + self._rows)
+                states = self._encode(rows[part], len(self._item_prefix), self._rows, self._longest)
+                self._items |= {item.id: state for item, state in zip(new[part], states, strict=True)}
+        longest = -(-len(query_ids) // _STEP) * _STEP
+        query_D = self._encode([query_ids], len(self._prompt.prefix_ids), 1, longest)[0]
         return np.stack([self._items[item.id] for item in items]) @ query_D
 
-    def _encode(self, texts: Sequence[str], rows: int, max_tokens: int) -> np.ndarray:
-        """Returns unit vectors [len(texts), D], computed in the one shape [rows, max_tokens]."""
-        encodings = self._tokenizer.encode_batch_fast([" " + text for text in texts], add_special_tokens=False)
-        tokens, valid = np.zeros((rows, max_tokens), np.int32), np.zeros((rows, max_tokens), bool)
-        for row, encoding in enumerate(encodings):
-            ids = encoding.ids[:max_tokens]
-            tokens[row, : len(ids)], valid[row, : len(ids)] = ids, True
-        states = np.asarray(self._pool(self._params, tokens, valid))[: len(texts)]
+    def _encode(self, ids: Sequence[Sequence[int]], skipped: int, rows: int, longest: int) -> np.ndarray:
+        """Returns unit vectors [len(ids), D], computed as [rows, longest]; the mean leaves out the first tokens."""
+        tokens, valid = np.zeros((rows, longest), np.int32), np.zeros((rows, longest), bool)
+        for row, row_ids in enumerate(ids):
+            tokens[row, : len(row_ids)], valid[row, : len(row_ids)] = row_ids, True
+        pooled = valid.copy()
+        pooled[:, :skipped] = False
+        states = np.asarray(self._pool(self._params, tokens, valid, pooled))[: len(ids)]
         return states / np.linalg.norm(states, axis=1, keepdims=True)

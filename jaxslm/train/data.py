@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
-from jaxslm.prompt import Prompt, text_tokenizer
+from jaxslm.prompt import Prompt
 from jaxslm.train.data_settings import DataSettings, PairSettings, SourceSettings
 from jaxslm.train.lists import ListChooser, RankerLists, TokenList, TokenPair, TokenPairs, read_teacher_scores
 from jaxslm.train.packing import Batch, collate_lists, collate_pairs, fill
@@ -175,31 +175,31 @@ class PromptEncoder(Encoder):
         return self._item_prompt.encode(self._query, items).item_ids
 
     def query(self, text: str) -> list[int]:
-        ids = self._prompt.encode(text, ["any"]).prefix_ids
-        if len(ids) > self._longest_prefix:
-            raise InputError(f"{len(ids)} tokens with the prompt's words, max_prefix_tokens is {self._longest_prefix}")
-        return ids
+        return _short_enough(self._prompt.encode_query(text), self._longest_prefix)
 
 
-class TextEncoder(Encoder):
-    """Plain text with a space in front, as words stand in a prompt; cut to the longest rows."""
+class PairEncoder(Encoder):
+    """Prefixes as `Prompt.encode` makes them, and items as it does, without the suffix."""
 
-    def __init__(self, settings: PairSettings, tokenizer_json: str) -> None:
-        self._settings = settings
-        self._tokenizer = text_tokenizer(tokenizer_json)
+    def __init__(self, settings: PairSettings, prompt: Prompt) -> None:
+        self._settings, self._prompt = settings, prompt
 
     def items(self, items: Sequence[Item]) -> list[list[int]]:
-        texts = [f"{(item.title or '').strip()}\n{item.text.strip()}".strip() for item in items]
-        if "" in texts:
-            raise InputError(f"item {texts.index('')}: has no text")
-        return self._ids(texts, self._settings.max_item_tokens)
+        encoded = self._prompt.encode("any", items, self._settings.max_item_tokens - ROOM_AFTER_ITEM)
+        return [ids[: -len(self._prompt.suffix_ids)] for ids in encoded.item_ids]
 
     def query(self, text: str) -> list[int]:
-        return self._ids([text.strip()], self._settings.max_query_tokens)[0]
+        return _short_enough(self._prompt.encode_query(text), self._settings.max_prefix_tokens)
 
-    def _ids(self, texts: Sequence[str], longest: int) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast([" " + text for text in texts], add_special_tokens=False)
-        return [encoding.ids[:longest] for encoding in encodings]
+
+ROOM_AFTER_ITEM = 1
+"""Tokens that a prompt may have between an item's text and its suffix: a newline at most."""
+
+
+def _short_enough(prefix_ids: list[int], longest: int) -> list[int]:
+    if len(prefix_ids) > longest:
+        raise InputError(f"{len(prefix_ids)} tokens with the prompt's words, max_prefix_tokens is {longest}")
+    return prefix_ids
 
 
 def ranker_data(settings: DataSettings, prompt: Prompt) -> TrainingData:
@@ -250,32 +250,31 @@ def ranker_batches(
     )
 
 
-def pair_batches(
-    settings: PairSettings, tokenizer_json: str, *, host: int = 0, hosts: int = 1
-) -> BatchIterator[TokenPair]:
-    """Returns this host's pairs for contrastive training: rows of plain text, without the prompt's words.
+def pair_batches(settings: PairSettings, prompt: Prompt, *, host: int = 0, hosts: int = 1) -> BatchIterator[TokenPair]:
+    """Returns this host's pairs for contrastive training, packed flat as `SharedPrefix(prefix, items, M)` reads them.
 
-    A batch is {"query_tokens": int32 [B, Tq], "query_valid": bool [B, Tq], "item_tokens": int32 [B, Ti],
-    "item_valid": bool [B, Ti], "positive": bool [B, B], "list_ids": int32 [B]}. `positive[i, j]`: item j has a label
-    above 0 for query i, so it is no negative. Its diagonal is False, and nothing is learnt, where a query has no such
-    item or a row is empty (`list_ids` -1, no valid token).
-    The text is tokenised as in a prompt: " " + query, " " + title + newline + text.
+    A batch is {"tokens": int32 [M], "prefix": int32 [B, P], "items": int32 [B, 1, T], "item_rows": int32 [B],
+    "positive": bool [B, B], "list_ids": int32 [B]}. The prefix of row i is the query of pair i, but the item behind it
+    is another pair's: that of pair i stands in row `item_rows[i]`. So an item's states are trained to say the same
+    behind any query, as a ranker will read it, and its own query can give nothing away.
+    `positive[i, j]`: the item of pair j has a label above 0 for query i, so it is no negative. Its diagonal is False,
+    and nothing is learnt, where a query has no such item or there is no pair (`list_ids` -1).
 
     Raises:
-        InputError: data that cannot be read or breaks a rule (`read_training_data`).
+        InputError: data that cannot be read or breaks a rule (`read_training_data`), a query longer than
+            `max_prefix_tokens`.
     """
-    data = read_training_data(settings, TextEncoder(settings, tokenizer_json))
+    data = read_training_data(settings, PairEncoder(settings, prompt))
     order = Order(settings, len(data.queries), host, hosts)
-    B = settings.pairs_per_batch
     return BatchIterator(
         TokenPairs(data.queries, data.catalogue, order),
         data.queries,
-        lookahead=B,
-        select=lambda sizes: list(range(len(sizes))),
+        lookahead=LOOKAHEAD * settings.pairs_per_batch,
+        select=lambda sizes: fill(sizes, settings.tokens_per_batch, settings.pairs_per_batch),
         collate=lambda chosen: collate_pairs(chosen, settings),
-        tokens_per_batch=B * (settings.max_query_tokens + settings.max_item_tokens),
+        tokens_per_batch=settings.tokens_per_batch,
         workers=settings.workers,
-        fingerprint=_fingerprint(settings, data.sha256, host, hosts),
+        fingerprint=_fingerprint(settings, data.sha256 + prompt.sha256, host, hosts),
     )
 
 

@@ -1,7 +1,8 @@
 """The contrastive warm start: query and item through the same decoder, mean-pooled, InfoNCE with in-batch negatives.
 
-A ranker trained cold on lists of one query has little to learn from at first; from this start it has. The same pooled
-states make a bi-encoder, which is what the stage is evaluated as.
+A ranker trained cold on lists of one query has little to learn from at first; from this start it has. Texts stand as
+in the ranker's rows, each item behind another pair's query, so that the states mean the same there. The pooled states
+also make a bi-encoder, which is what the stage is evaluated as.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool
 
 from jaxslm.config import RankerConfig
 from jaxslm.model.decoder import Decoder, Params
-from jaxslm.score.bi_encoder import BiEncoder, mean_states
+from jaxslm.score.bi_encoder import BiEncoder
 from jaxslm.train.data import pair_batches
 from jaxslm.train.heldout import HeldOut
 from jaxslm.train.hosts import join_hosts
@@ -24,25 +25,41 @@ from jaxslm.train.partition import Frozen, join_params, partition_of
 from jaxslm.train.settings import EncoderTraining
 from jaxslm.train.speed import pair_work
 from jaxslm.train.start import load_start
-from jaxslm.train.step import DATA, Batch, LossFn, gather, make_mesh, make_optimiser
+from jaxslm.train.step import (
+    DATA,
+    Batch,
+    EveryToken,
+    LossFn,
+    gather,
+    make_mesh,
+    make_optimiser,
+    mean_of_items,
+)
 
 
-def encoder_loss(config: RankerConfig, decoder: Decoder, temperature: float, mesh: Mesh) -> LossFn:
+def encoder_loss(config: RankerConfig, decoder: Decoder, prompt_words: int, temperature: float, mesh: Mesh) -> LossFn:
     """Returns InfoNCE over the pairs of a batch (van den Oord, 1807.03748); its negatives are the items of all devices.
 
     `positive` [devices, B, B] knows the pairs of its own device only; across devices nothing is taken as relevant.
+
+    Args:
+        prompt_words: tokens in front of the query, which are not the query's.
     """
     part = P(DATA)
 
-    def local(params: Params, tokens: Array, valid: Array) -> Array:
-        return mean_states(decoder, params, tokens[0], valid[0])[None]
+    def local(params: Params, tokens: Array, prefix: Array, items: Array, item_rows: Array) -> tuple[Array, Array]:
+        M = tokens.shape[1]
+        layout = EveryToken(prefix[0], items[0], M)
+        states_MD = jnp.asarray(decoder.apply({"params": params}, tokens[0], layout)).astype(jnp.float32)
+        own_RP = prefix[0].at[:, :prompt_words].set(M)
+        queries_BD = mean_of_items(states_MD, own_RP[:, None])[:, 0]
+        return queries_BD[None], mean_of_items(states_MD, items[0])[item_rows[0], 0][None]
 
-    pool = jax.shard_map(local, mesh=mesh, in_specs=(P(), part, part), out_specs=part)
+    pool = jax.shard_map(local, mesh=mesh, in_specs=(P(), *[part] * 4), out_specs=part)
 
     def loss_fn(trainable: Params, frozen: Frozen, batch: Batch) -> tuple[Array, dict[str, Array]]:
         params = gather(join_params(trainable, frozen["tables"], config), decoder.dtype, mesh)
-        queries = pool(params, batch["query_tokens"], batch["query_valid"])
-        items = pool(params, batch["item_tokens"], batch["item_valid"])
+        queries, items = pool(params, *(batch[name] for name in ("tokens", "prefix", "items", "item_rows")))
         positive = _block_diagonal(batch["positive"])
         loss = info_nce(jax.lax.collapse(queries, 0, 2), jax.lax.collapse(items, 0, 2), temperature, positive)
         return loss, {}
@@ -65,16 +82,9 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
     mesh, dtype = make_mesh(), dtype_of(settings)
     start = load_start(settings, mesh)
     decoder = Decoder(start.config.model, dtype, settings.remat)
-    tokenizer_json = start.tokenizer_files["tokenizer.json"].decode()
-    data = settings.data
-    batches = pair_batches(data, tokenizer_json, host=jax.process_index(), hosts=jax.process_count())
-    bi_encoder = BiEncoder(
-        start.config,
-        tokenizer_json,
-        dtype,
-        max_query_tokens=data.max_query_tokens,
-        max_item_tokens=data.max_item_tokens,
-    )
+    prompt, data = start.prompt, settings.data
+    batches = pair_batches(data, prompt, host=jax.process_index(), hosts=jax.process_count())
+    bi_encoder = BiEncoder(start.config.model, prompt, dtype, max_item_tokens=data.max_item_tokens)
     held_out = HeldOut(settings.evaluation)
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -84,9 +94,9 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
     task = Task(
         kind="encoder",
         start=start,
-        loss_fn=encoder_loss(start.config, decoder, settings.temperature, mesh),
+        loss_fn=encoder_loss(start.config, decoder, len(prompt.prefix_ids), settings.temperature, mesh),
         batches=batches,
-        work=lambda batch: pair_work(start.config.model, batch),
+        work=lambda batch: pair_work(start.config.model, batch, settings.train_layers),
         evaluate=evaluate,
         partition=partition_of(
             start.config, freeze_embeddings=settings.freeze_embeddings, train_layers=settings.train_layers

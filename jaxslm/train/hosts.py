@@ -7,13 +7,28 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxslm.errors import InputError
+
 _STATE_BYTES = 1 << 16
 
 
 def join_hosts() -> None:
-    """Joins the hosts of a run when JAX_COORDINATOR_ADDRESS is set. Call before anything else touches a device."""
+    """Joins the hosts of a run when JAX_COORDINATOR_ADDRESS (host:port) is set, before anything touches a device.
+
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say how many there are and which this is; without them JAX asks the cluster
+    (Slurm, Kubernetes, TPU pods). Raises InputError if they are no numbers.
+    """
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+        jax.distributed.initialize(
+            num_processes=_number_from("JAX_NUM_PROCESSES"), process_id=_number_from("JAX_PROCESS_ID")
+        )
+
+
+def _number_from(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is not None and not text.isdecimal():
+        raise InputError(f"{variable} {text!r}: must be a number")
+    return None if text is None else int(text)
 
 
 def from_all_hosts(value: Any) -> list[Any]:

@@ -54,17 +54,24 @@ def collate_lists(chosen: Sequence[TokenList], settings: DataSettings) -> Batch:
 
 
 def collate_pairs(chosen: Sequence[TokenPair], settings: PairSettings) -> Batch:
-    """Returns pairs as padded rows, as `pair_batches` describes."""
-    B = settings.pairs_per_batch
-    batch: Batch = {"positive": np.zeros((B, B), bool), "list_ids": np.full(B, -1, np.int32)}
-    for name, T in (("query", settings.max_query_tokens), ("item", settings.max_item_tokens)):
-        batch[f"{name}_tokens"] = np.zeros((B, T), np.int32)
-        batch[f"{name}_valid"] = np.zeros((B, T), bool)
-    item_rows = np.array([pair.item_row for pair in chosen])
+    """Returns pairs packed flat, as `pair_batches` describes: behind each query the item of the pair before it."""
+    B, M, count = settings.pairs_per_batch, settings.tokens_per_batch, len(chosen)
+    batch: Batch = {
+        "tokens": np.zeros(M, np.int32),
+        "prefix": np.full((B, settings.max_prefix_tokens), M, np.int32),
+        "items": np.full((B, 1, settings.max_item_tokens), M, np.int32),
+        "item_rows": np.zeros(B, np.int32),
+        "positive": np.zeros((B, B), bool),
+        "list_ids": np.full(B, -1, np.int32),
+    }
+    catalogue_rows = np.array([pair.item_row for pair in chosen])
+    used = 0
     for slot, pair in enumerate(chosen):
-        for name, tokens in (("query", pair.query), ("item", pair.item)):
-            batch[f"{name}_tokens"][slot, : len(tokens)] = tokens
-            batch[f"{name}_valid"][slot, : len(tokens)] = True
-        batch["positive"][slot, : len(chosen)] = np.isin(item_rows, pair.relevant)
+        for row, tokens in ((batch["prefix"][slot], pair.query), (batch["items"][slot, 0], chosen[slot - 1].item)):
+            batch["tokens"][used : used + len(tokens)] = tokens
+            row[: len(tokens)] = np.arange(used, used + len(tokens), dtype=np.int32)
+            used += len(tokens)
+        batch["item_rows"][slot] = (slot + 1) % count
+        batch["positive"][slot, :count] = np.isin(catalogue_rows, pair.relevant)
         batch["list_ids"][slot] = pair.index
     return batch

@@ -1,4 +1,4 @@
-"""Which parameters train: all of them, or all but the embedding tables with the two label rows kept apart."""
+"""Which parameters train: all, or all but the embedding tables and perhaps lower layers, the label rows kept apart."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,20 +14,25 @@ TABLES = ("embedding", "head")
 LABEL_ROWS = "label_rows"
 
 Frozen = dict[str, Params]
-"""`{"tables": frozen tables, "teacher": a teacher's parameters}`, either may be empty."""
+"""`{"tables": frozen tables and layers, "teacher": a teacher's parameters}`, either may be empty."""
 
 
-def split_params(params: Params, config: RankerConfig, *, freeze_embeddings: bool) -> tuple[Params, Params]:
-    """Returns (trainable, frozen tables). `join_params` of them is `params`.
+def split_params(
+    params: Params, config: RankerConfig, *, freeze_embeddings: bool, train_layers: int | None = None
+) -> tuple[Params, Params]:
+    """Returns (trainable, frozen tables and layers). `join_params` of them is `params`.
 
     With frozen embeddings the two rows of the vocabulary head that are the labels stay trainable, as `label_rows`
     [2, D]: a ranker is scored by these rows alone. When the tables are tied they are input rows of the labels too.
     """
     if not freeze_embeddings:
         return dict(params), {}
-    trainable = {name: leaf for name, leaf in params.items() if name not in TABLES}
+    count = config.model.num_layers
+    lower = [f"layers_{index}" for index in range(count - (count if train_layers is None else train_layers))]
+    frozen = {name: params[name] for name in (*TABLES, *lower) if name in params}
+    trainable = {name: leaf for name, leaf in params.items() if name not in frozen}
     trainable[LABEL_ROWS] = vocab_rows(params)[jnp.asarray(config.label_token_ids)]
-    return trainable, {name: params[name] for name in TABLES if name in params}
+    return trainable, frozen
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,16 @@ class Partition:
     join: Callable[[Params, Params], Params]
 
 
-def partition_of(config: RankerConfig, *, freeze_embeddings: bool) -> Partition:
+def partition_of(config: RankerConfig, *, freeze_embeddings: bool, train_layers: int | None = None) -> Partition:
     """Returns the partition of a decoder: `split_params` and `join_params`."""
     return Partition(
-        split=partial(split_params, config=config, freeze_embeddings=freeze_embeddings),
+        split=partial(split_params, config=config, freeze_embeddings=freeze_embeddings, train_layers=train_layers),
         join=partial(join_params, config=config),
     )
 
 
 def join_params(trainable: Params, tables: Params, config: RankerConfig) -> Params:
-    """Returns the whole tree: the frozen tables with the trained label rows in their places."""
+    """Returns the whole tree: what is frozen, with the trained label rows in their places."""
     if not tables:
         return trainable
     joined = {name: leaf for name, leaf in trainable.items() if name != LABEL_ROWS} | tables

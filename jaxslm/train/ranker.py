@@ -1,11 +1,13 @@
 """The loss of a ranker: log-odds of the label rows at each item's last token, against labels and a teacher."""
 
+import itertools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxslm.checkpoint import Checkpoint
@@ -13,14 +15,17 @@ from jaxslm.config import RankerConfig
 from jaxslm.data_files import Item
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_rows, log_odds
+from jaxslm.progress import console
 from jaxslm.score.scorer import Ranker
 from jaxslm.train import losses
-from jaxslm.train.data import ranker_batches
+from jaxslm.train.comparison import add_comparison_layer
+from jaxslm.train.data import ranker_batches, ranker_data
 from jaxslm.train.heldout import HeldOut
 from jaxslm.train.hosts import join_hosts
 from jaxslm.train.loop import Task, TrainResult, dtype_of, run, saver
 from jaxslm.train.partition import Frozen, join_params, partition_of
 from jaxslm.train.settings import LossWeights, RankerTraining
+from jaxslm.train.sources import TrainingData
 from jaxslm.train.speed import ranker_work
 from jaxslm.train.start import load_start
 from jaxslm.train.step import Batch, LossFn, gather, item_states, make_mesh, make_optimiser
@@ -120,12 +125,17 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     join_hosts()
     mesh, dtype = make_mesh(), dtype_of(settings)
     start = load_start(settings, mesh)
+    data = ranker_data(settings.data, start.prompt)
+    if settings.comparison_layer:
+        start = _with_comparison_layer(start, settings, data, mesh)
     decoder = Decoder(start.config.model, dtype, settings.remat)
     teacher = None
     if settings.teacher is not None:
         path = Path(settings.teacher.checkpoint)
         teacher = load_teacher(path, start, dtype, mesh, hidden=settings.losses.hidden > 0)
-    batches = ranker_batches(settings.data, start.prompt, host=jax.process_index(), hosts=jax.process_count())
+    batches = ranker_batches(
+        settings.data, start.prompt, host=jax.process_index(), hosts=jax.process_count(), data=data
+    )
     held_out = HeldOut(settings.evaluation)
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -141,9 +151,11 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
         start=start,
         loss_fn=ranker_loss(start.config, decoder, settings.losses, mesh, teacher),
         batches=batches,
-        work=lambda batch: ranker_work(start.config.model, batch),
+        work=lambda batch: ranker_work(start.config.model, batch, settings.train_layers),
         evaluate=evaluate,
-        partition=partition_of(start.config, freeze_embeddings=settings.freeze_embeddings),
+        partition=partition_of(
+            start.config, freeze_embeddings=settings.freeze_embeddings, train_layers=settings.train_layers
+        ),
         optimiser=make_optimiser(settings.optimiser, settings.steps),
         save=saver(start, "ranker"),
         dtype=dtype,
@@ -151,3 +163,20 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
         teacher=teacher.params if teacher is not None else {},
     )
     return run(task, settings, out)
+
+
+COMPARISON_LISTS = 48
+"""Lists that the comparison layer is set from."""
+
+
+def _with_comparison_layer(start: Checkpoint, settings: RankerTraining, data: TrainingData, mesh: Mesh) -> Checkpoint:
+    """The start with `add_comparison_layer`, from the first lists of the first host's order."""
+    chosen = settings.data.model_copy(update={"workers": 0})
+    batches = ranker_batches(chosen, start.prompt, data=data)
+    sample = list(itertools.islice(batches, -(-COMPARISON_LISTS // settings.data.lists_per_batch)))
+    local = jax.tree.map(lambda leaf: leaf.addressable_data(0), start.params)
+    with console().status("setting the comparison layer"):
+        model, params = add_comparison_layer(start.config, local, start.prompt, sample)
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    ranker = start.config.model_copy(update={"model": model})
+    return Checkpoint(start.manifest.model_copy(update={"ranker": ranker}), params, start.tokenizer_files)

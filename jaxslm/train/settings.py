@@ -60,6 +60,8 @@ class TrainingSettings(Settings):
         save_every: updates between saves; a killed run loses no more than these.
         freeze_embeddings: train everything but the embedding table and the vocabulary head; a ranker's two label rows
             are trained all the same.
+        train_layers: train only the last n layers (with the final norm and the label rows): up to three times as many
+            updates in a given time. All if None; needs `freeze_embeddings`.
         dtype: compute dtype, "auto" is bfloat16 on GPU and TPU, float32 on CPU. Parameters are float32 always.
         remat: compute each layer's activations again in the backward pass: less memory, a third more work.
         tensorboard: write the log's numbers as TensorBoard events too.
@@ -71,11 +73,18 @@ class TrainingSettings(Settings):
     steps: Positive
     save_every: Positive
     freeze_embeddings: bool = False
+    train_layers: Positive | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False
     tensorboard: bool = False
     optimiser: OptimiserSettings
     evaluation: EvaluationSettings | None = None
+
+    @model_validator(mode="after")
+    def _frozen_from_below(self) -> "TrainingSettings":
+        if self.train_layers is not None and not self.freeze_embeddings:
+            raise ValueError("train_layers needs freeze_embeddings = true")
+        return self
 
     @model_validator(mode="after")
     def _label_head_is_its_own_parameter(self) -> "TrainingSettings":
@@ -139,8 +148,14 @@ class TeacherSettings(Settings):
 
 
 class RankerTraining(TrainingSettings):
-    """`jaxslm train ranker`: fine-tuning, distillation, and the recovery of pruned models."""
+    """`jaxslm train ranker`: fine-tuning, distillation, and the recovery of pruned models.
 
+    Attributes:
+        comparison_layer: put one layer on top that starts by scoring as a contrastive stage does
+            (`jaxslm.train.comparison`); for a `model` from `jaxslm train encoder`.
+    """
+
+    comparison_layer: bool = False
     data: DataSettings
     losses: LossWeights = LossWeights()
     teacher: TeacherSettings | None = None

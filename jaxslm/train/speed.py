@@ -14,42 +14,46 @@ BACKWARD = 2
 """A backward pass costs twice a forward pass; recomputation and optimiser are not counted as useful."""
 
 
-def ranker_work(config: ModelConfig, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """Returns (real tokens, FLOPs of forward and backward) of a ranker batch; padding counts as nothing."""
+def ranker_work(
+    config: ModelConfig, batch: Mapping[str, np.ndarray], train_layers: int | None = None
+) -> tuple[int, int]:
+    """Returns (real tokens, FLOPs of forward and backward) of a ranker batch; padding counts as nothing.
+
+    Args:
+        train_layers: the last layers that train, all if None; a backward pass goes no deeper.
+    """
+    tokens, pairs, read = _counts(batch)
+    savings = last_layer_savings(config, tokens, read)
+    trained = _forward(_last_layers(config, train_layers), tokens, pairs) - savings
+    return tokens, _forward(config, tokens, pairs) - savings + BACKWARD * trained
+
+
+def pair_work(config: ModelConfig, batch: Mapping[str, np.ndarray], train_layers: int | None = None) -> tuple[int, int]:
+    """Returns (real tokens, FLOPs of forward and backward) of a batch of pairs, as `ranker_work`."""
+    tokens, pairs, _ = _counts(batch)
+    trained = _forward(_last_layers(config, train_layers), tokens, pairs)
+    return tokens, _forward(config, tokens, pairs) + BACKWARD * trained
+
+
+def _counts(batch: Mapping[str, np.ndarray]) -> tuple[int, int, int]:
+    """Returns real tokens, attended (query, key) pairs and items of a packed batch."""
     M = batch["tokens"].shape[-1]
     prefix_R = np.asarray(np.sum(batch["prefix"] < M, axis=-1, dtype=np.int64))
     item_RJ = np.asarray(np.sum(batch["items"] < M, axis=-1, dtype=np.int64))
-    tokens = int(prefix_R.sum() + item_RJ.sum())
     item_pairs = int(np.sum(item_RJ * prefix_R[..., None] + item_RJ * (item_RJ + 1) // 2))
     pairs = int(np.sum(prefix_R * (prefix_R + 1) // 2)) + item_pairs
-    read = int(np.count_nonzero(item_RJ))
-    forward = linear_flops_per_token(config) * tokens + attention_flops_per_pair(config) * pairs
-    return tokens, (1 + BACKWARD) * (forward - last_layer_savings(config, tokens, read))
+    return int(prefix_R.sum() + item_RJ.sum()), pairs, int(np.count_nonzero(item_RJ))
 
 
-def pair_work(config: ModelConfig, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """Returns (real tokens, FLOPs of forward and backward) of a batch of pairs."""
-    lengths = np.concatenate([np.sum(batch[name], axis=-1, dtype=np.int64) for name in ("query_valid", "item_valid")])
-    tokens, pairs = int(lengths.sum()), int(np.sum(lengths * (lengths + 1) // 2))
-    forward = linear_flops_per_token(config) * tokens + attention_flops_per_pair(config) * pairs
-    return tokens, (1 + BACKWARD) * forward
+def _forward(config: ModelConfig, tokens: int, pairs: int) -> int:
+    return linear_flops_per_token(config) * tokens + attention_flops_per_pair(config) * pairs
 
 
-def compressor_work(ranker: ModelConfig, encoder: ModelConfig, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """Returns (real tokens, FLOPs) of a compressor's batch; a text that vectors are compared with is read forward."""
-    if "mixed_tokens" not in batch:
-        return ranker_work(ranker, batch)
-    mixed = {name: batch[f"mixed_{name}"] for name in ("tokens", "prefix", "items")}
-    tokens, flops = ranker_work(ranker, mixed)
-    if "tokens" in batch:
-        read, forward_and_backward = ranker_work(ranker, batch)
-        tokens, flops = tokens + read, flops + forward_and_backward // (1 + BACKWARD)
-    if "item_valid" in batch:
-        lengths = np.sum(batch["item_valid"], axis=-1, dtype=np.int64)
-        encoded, pairs = int(lengths.sum()), int(np.sum(lengths * (lengths + 1) // 2))
-        forward = linear_flops_per_token(encoder) * encoded + attention_flops_per_pair(encoder) * pairs
-        tokens, flops = tokens + encoded, flops + (1 if "warm_up" in batch else 1 + BACKWARD) * forward
-    return tokens, flops
+def _last_layers(config: ModelConfig, count: int | None) -> ModelConfig:
+    if count is None or count >= config.num_layers:
+        return config
+    widths = {"num_kv_heads": config.kv_heads_by_layer[-count:], "mlp_width": config.mlp_width_by_layer[-count:]}
+    return config.model_copy(update={"num_layers": count, **widths})
 
 
 def matmul_ceiling(dtype: jnp.dtype) -> float:

@@ -162,7 +162,7 @@ def gather(params: Params, dtype: DTypeLike, mesh: Mesh) -> Params:
     )
 
 
-class _EveryToken(SharedPrefix):
+class EveryToken(SharedPrefix):
     """The same rows, with every token read: [M, ...] -> [M, ...]."""
 
     def read_last(self, x: Array) -> Array:
@@ -199,15 +199,16 @@ def decode_items(
     decoder: Decoder, params: Params, x_MD: Array, prefix_RP: Array, items_RJT: Array, *, mean: bool
 ) -> Array:
     """Returns one device's `item_states` from input embeddings: [R, J, D], with `mean` [2, R, J, D]."""
-    kind = _EveryToken if mean else SharedPrefix
+    kind = EveryToken if mean else SharedPrefix
     layout = kind(prefix_RP, items_RJT, x_MD.shape[0])
     states = jnp.asarray(decoder.apply({"params": params}, x_MD, layout, method=Decoder.decode))
-    if isinstance(layout, _EveryToken):
-        states = jnp.stack([layout.read_last(states), _mean_of_items(states, items_RJT)])
+    if isinstance(layout, EveryToken):
+        states = jnp.stack([layout.read_last(states), mean_of_items(states, items_RJT)])
     return states
 
 
-def _mean_of_items(states_MD: Array, items_RJT: Array) -> Array:
+def mean_of_items(states_MD: Array, items_RJT: Array) -> Array:
+    """Returns the mean state of each item's tokens, indices [R, J, T] into [M, D]: [R, J, D], 0 for an empty item."""
     valid_RJT = (items_RJT < states_MD.shape[0]).astype(states_MD.dtype)
     states_RJTD = jnp.take(states_MD, items_RJT, axis=0, mode="clip")
     total_RJD = jnp.einsum("RJTD,RJT->RJD", states_RJTD, valid_RJT, preferred_element_type=jnp.float32)

@@ -58,7 +58,7 @@ def ranker_settings(folder: Path, **changes: Any) -> DataSettings:
 
 def pair_settings(folder: Path, **changes: Any) -> PairSettings:
     paths = {"items": str(folder / "items.jsonl"), "queries": str(folder / "queries.jsonl")}
-    shape = {"pairs_per_batch": 4, "max_query_tokens": 40, "max_item_tokens": 60}
+    shape = {"pairs_per_batch": 4, "tokens_per_batch": 600, "max_prefix_tokens": 80, "max_item_tokens": 60}
     return validate(PairSettings, paths | shape | changes, "test")
 
 
@@ -67,7 +67,7 @@ def ranker(folder: Path, *, host: int = 0, hosts: int = 1, **changes: Any) -> Ba
 
 
 def pairs(folder: Path, *, host: int = 0, hosts: int = 1, **changes: Any) -> BatchIterator[Any]:
-    return pair_batches(pair_settings(folder, **changes), tiny_tokenizer_json(), host=host, hosts=hosts)
+    return pair_batches(pair_settings(folder, **changes), PROMPT, host=host, hosts=hosts)
 
 
 def take(batches: BatchIterator[Any], count: int) -> list[Batch]:

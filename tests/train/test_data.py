@@ -19,12 +19,15 @@ from jaxslm.model.layout import SharedPrefix
 from jaxslm.train.data import BatchIterator
 from jaxslm.train.lists import spread_over_grades
 from jaxslm.train.packing import fill
+from jaxslm.train.sources import Order
 from tests.tiny import NOT_MARKED_SPECIAL, SPECIALS, tiny_tokenizer_json
 from tests.train.graded import (
     NEVER_JUDGED,
+    PROMPT,
     QUERIES,
     assert_same,
     expected_rows,
+    pair_settings,
     pairs,
     queries_by_id,
     ranker,
@@ -132,8 +135,8 @@ def test_every_epoch_holds_every_query_once(folder: Path, kind: Any, streaming: 
 
 
 def test_a_stream_shuffles_within_windows(folder: Path) -> None:
-    ids = np.concatenate([b["list_ids"] for b in pairs(folder, epochs=1, streaming=True, shuffle_window=5)])
-    ids = ids[ids >= 0]
+    order = Order(pair_settings(folder, epochs=1, streaming=True, shuffle_window=5), QUERIES, host=0, hosts=1)
+    ids = np.array([order[position][1] for position in range(len(order))])
     np.testing.assert_array_equal(ids // 5, np.sort(ids // 5))
     assert list(ids) != sorted(ids)
 
@@ -228,21 +231,17 @@ def test_errors_in_worker_processes_keep_their_words(folder: Path) -> None:
 
 def test_pairs_hold_a_best_item_and_know_the_other_relevant_ones(folder: Path) -> None:
     queries, items = queries_by_id(folder), read_items(folder / "items.jsonl")
-    tokenizer = Tokenizer.from_str(tiny_tokenizer_json())
-
-    def ids(text: str, longest: int) -> list[int]:
-        return list(tokenizer.encode(" " + text, add_special_tokens=False).ids[:longest])
-
     for batch in take(pairs(folder), 12):
         judged = [{i["id"]: i["label"] for i in queries[number]["items"]} for number in batch["list_ids"]]
         best = [next(item_id for item_id, label in one.items() if label == 1) for one in judged]
+        M = len(batch["tokens"])
         for slot, number in enumerate(batch["list_ids"]):
-            query = batch["query_tokens"][slot, batch["query_valid"][slot]].tolist()
-            assert query == ids(queries[number]["query"], 40)
-            item = items[best[slot]]
-            assert batch["item_tokens"][slot, batch["item_valid"][slot]].tolist() == ids(
-                f"{item.title}\n{item.text}", 60
-            )
+            expected = PROMPT.encode(queries[number]["query"], [items[best[slot]]], 59)
+            prefix, item = batch["prefix"][slot], batch["items"][batch["item_rows"][slot], 0]
+            assert batch["tokens"][prefix[prefix < M]].tolist() == expected.prefix_ids
+            item_ids = expected.item_ids[0][: -len(PROMPT.suffix_ids)]
+            assert batch["tokens"][item[item < M]].tolist() == item_ids
+            assert batch["item_rows"][slot] != slot  # its own query gives nothing away
             for other in range(4):
                 assert batch["positive"][slot, other] == (judged[slot].get(best[other], 0) > 0)
         assert batch["positive"].diagonal().all()
@@ -253,12 +252,13 @@ def test_text_of_pairs_is_never_read_as_control_tokens(tmp_path: Path) -> None:
     write_lines(tmp_path / "items.jsonl", [{"id": "a", "text": text}])
     write_lines(tmp_path / "queries.jsonl", [{"query_id": "q", "query": text, "items": [{"id": "a", "label": 1.0}]}])
     batch = next(pairs(tmp_path, epochs=1))
-    tokenizer = Tokenizer.from_str(tiny_tokenizer_json())
+    tokenizer, M = Tokenizer.from_str(tiny_tokenizer_json()), len(batch["tokens"])
     control = {tokenizer.token_to_id(token) for token in (*SPECIALS, *NOT_MARKED_SPECIAL)}
-    for name in ("query", "item"):
-        tokens = batch[f"{name}_tokens"][batch[f"{name}_valid"]]
-        assert not control & set(tokens.tolist())
-        assert tokenizer.decode(tokens.tolist()) == f" {text}"
+    words = len(PROMPT.prefix_ids)
+    for index in (batch["prefix"][0][words:], batch["items"][0, 0]):
+        tokens = batch["tokens"][index[index < M]].tolist()
+        assert not control & set(tokens)
+        assert tokenizer.decode(tokens).startswith(f" {text}")
 
 
 def test_the_last_pairs_are_padded_and_queries_without_a_relevant_item_teach_nothing(tmp_path: Path) -> None:
@@ -268,7 +268,8 @@ def test_the_last_pairs_are_padded_and_queries_without_a_relevant_item_teach_not
     write_lines(tmp_path / "queries.jsonl", rows)
     (batch,) = pairs(tmp_path, epochs=1)
     assert batch["list_ids"][3] == -1
-    assert not batch["item_valid"][3].any()
+    assert np.all(batch["prefix"][3] == len(batch["tokens"]))
+    assert np.all(batch["items"][3] == len(batch["tokens"]))
     positive = {int(number): bool(batch["positive"][slot, slot]) for slot, number in enumerate(batch["list_ids"])}
     assert positive == {0: True, 1: False, 2: True, -1: False}
 

@@ -53,9 +53,14 @@ def list_batch(generator: np.random.Generator) -> dict[str, np.ndarray]:
 
 def pair_batch(generator: np.random.Generator, pairs: int) -> dict[str, np.ndarray]:
     """Returns a made batch of pairs, each of which is relevant to itself alone."""
-    tokens = {name: generator.integers(1, 380, (pairs, 5)).astype(np.int32) for name in ("query_tokens", "item_tokens")}
-    valid = np.ones((pairs, 5), bool)
-    return {**tokens, "query_valid": valid, "item_valid": valid, "positive": np.eye(pairs, dtype=bool)}
+    index = np.arange(pairs * 10, dtype=np.int32).reshape(pairs, 10)
+    return {
+        "tokens": generator.integers(1, 380, pairs * 10).astype(np.int32),
+        "prefix": index[:, :5],
+        "items": index[:, None, 5:],
+        "item_rows": np.arange(pairs, dtype=np.int32),  # behind its own query, so that parts of a batch are its parts
+        "positive": np.eye(pairs, dtype=bool),
+    }
 
 
 def train(
@@ -98,10 +103,10 @@ def test_one_device_and_eight_give_the_same_losses_and_parameters() -> None:
 def test_items_of_all_devices_are_negatives() -> None:
     generator = np.random.default_rng(0)
     halves = [pair_batch(generator, 4) for _ in range(2)]
-    whole = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]} | {"positive": np.eye(8) > 0}
+    whole = pair_batch(generator, 8) | {"tokens": np.concatenate([half["tokens"] for half in halves])}
 
     def loss(mesh: Any) -> LossFn:
-        return encoder_loss(CONFIG, Decoder(CONFIG.model), 0.05, mesh)
+        return encoder_loss(CONFIG, Decoder(CONFIG.model), 2, 0.05, mesh)
 
     (one,), _ = train(loss, [[whole]], devices=1, accumulate=1)
     (two,), _ = train(loss, [halves], devices=2, accumulate=1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_a_teacher_knows_every_item_of_the_lists_but_random_negatives(folder: Pa
     told = write_teacher_requests(ranker_settings(folder, **pool), tmp_path / "requests.jsonl")
     assert told["requests"] == QUERIES
     answer(tmp_path / "requests.jsonl", tmp_path / "scores.jsonl")
-    paths = {
+    paths: dict[str, Any] = {
         name: str(tmp_path / f"{name.removeprefix('teacher_')}.jsonl")
         for name in ("teacher_requests", "teacher_scores")
     }

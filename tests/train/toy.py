@@ -47,7 +47,8 @@ def toy_encoder(folder: Path, *overrides: str) -> EncoderTraining:
     """Returns settings of a short contrastive run on the toy data."""
     tree = (
         "steps=4", "save_every=2", "freeze_embeddings=true", "optimiser.learning_rate=1e-3",
-        "data.pairs_per_batch=4", "data.max_query_tokens=16", "data.max_item_tokens=24", "evaluation.every=2",
+        "data.pairs_per_batch=4", "data.tokens_per_batch=520",
+        "data.max_prefix_tokens=104", "data.max_item_tokens=24", "evaluation.every=2",
         "evaluation.k=0",
     )  # fmt: skip
     empty = folder / "empty.toml"

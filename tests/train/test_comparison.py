@@ -1,0 +1,86 @@
+"""The comparison layer: it scores by the similarity of query and item, and is an ordinary layer."""
+
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxslm.config import RankerConfig
+from jaxslm.errors import InputError
+from jaxslm.model.decoder import Decoder, init_params
+from jaxslm.model.head import label_rows, log_odds
+from jaxslm.model.layout import SharedPrefix
+from jaxslm.train.comparison import NpBatch, _sample, add_comparison_layer
+from tests.tiny import tiny_config, tiny_params, tiny_ranker_config
+from tests.train.graded import PROMPT, ranker, write_graded
+
+BASE = tiny_ranker_config(tiny_config("llama", num_layers=2))
+MODEL = BASE.model.model_copy(
+    update={"width": 64, "num_kv_heads": 1, "queries_per_kv": 2, "head_dim": 16, "mlp_width": 64}
+)
+CONFIG = BASE.model_copy(update={"model": MODEL})
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> list[NpBatch]:
+    return list(islice(ranker(write_graded(tmp_path_factory.mktemp("graded"))), 8))
+
+
+def scores(config: Any, params: Any, label_ids: tuple[int, int], batch: NpBatch) -> np.ndarray:
+    layout = SharedPrefix(jnp.asarray(batch["prefix"]), jnp.asarray(batch["items"]), len(batch["tokens"]))
+    states = jnp.asarray(Decoder(config).apply({"params": params}, jnp.asarray(batch["tokens"]), layout))
+    odds = log_odds(states.reshape(-1, config.width), label_rows(params, label_ids))
+    return np.asarray(odds).reshape(batch["valid"].shape)[batch["valid"]]
+
+
+def similarities(params: Any, batch: NpBatch) -> np.ndarray:
+    """Returns the product of the mean states of each item and its query, both without what all have in common."""
+    sample = _sample(MODEL, params, PROMPT, [batch])
+    centred = [means - means.mean(axis=0) for means in (sample.queries, sample.items)]
+    return np.asarray(np.sum(centred[0] * centred[1], axis=1))
+
+
+def labelled_by_similarity(params: Any, batch: NpBatch) -> NpBatch:
+    """Returns the batch with the most similar item of each list as the only relevant one."""
+    similarity = np.full(batch["valid"].shape, -np.inf)
+    similarity[batch["valid"]] = similarities(params, batch)
+    best = np.arange(similarity.shape[1]) == similarity.argmax(axis=1)[:, None]
+    return {**batch, "labels": (best & batch["valid"]).astype(np.float32)}
+
+
+def test_the_new_layer_scores_by_the_similarity_of_mean_states(batches: list[NpBatch]) -> None:
+    params = init_params(MODEL, jax.random.key(3))
+    batches = [labelled_by_similarity(params, batch) for batch in batches]
+    model, grown = add_comparison_layer(CONFIG, params, PROMPT, batches[:6])
+    assert model == MODEL.model_copy(update={"num_layers": 3})
+    for name in ("layers_0", "layers_1"):
+        jax.tree.map(np.testing.assert_array_equal, grown[name], params[name])
+    similarity = np.concatenate([similarities(params, batch) for batch in batches[6:]])
+    found = np.concatenate([scores(model, grown, CONFIG.label_token_ids, batch) for batch in batches[6:]])
+    assert np.corrcoef(found, similarity)[0, 1] > 0.4
+    assert abs(found.mean() + 1.8) < 1
+
+
+def test_the_same_data_gives_the_same_layer(batches: list[NpBatch]) -> None:
+    params = init_params(MODEL, jax.random.key(3))
+    _, first = add_comparison_layer(CONFIG, params, PROMPT, batches[:2])
+    _, again = add_comparison_layer(CONFIG, params, PROMPT, batches[:2])
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "qwen3"}, "without q/k norm"),
+        ({"queries_per_kv": 1, "num_kv_heads": 2}, "two query heads"),
+        ({"mlp_width": 24}, "must be above 32"),
+    ],
+)
+def test_models_without_room_are_refused(changes: dict[str, Any], message: str, batches: list[NpBatch]) -> None:
+    model = MODEL.model_copy(update=changes)
+    config = RankerConfig(model=model, prompt=CONFIG.prompt, label_token_ids=CONFIG.label_token_ids)
+    with pytest.raises(InputError, match=message):
+        add_comparison_layer(config, tiny_params(model), PROMPT, batches[:1])
