@@ -1,6 +1,7 @@
 """Scores that are kept: an item that was scored for a query is not scored again while its score is fresh."""
 
 import hashlib
+import json
 import logging
 import struct
 import threading
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from jaxslm.data_files import Item
 from jaxslm.items.store import StoreUnavailable, open_store
 from jaxslm.serve.settings import CacheSettings
 
@@ -33,15 +35,21 @@ class CachedScore:
     truncated: bool
 
 
-def score_key(model: str, query: str, item: str | np.ndarray, limit: int | None) -> str:
+def score_key(model: str, query: str, item: str | Item | np.ndarray, limit: int | None) -> str:
     """Returns the name of an item's score: a hash of all that it depends on.
 
     Args:
-        model: what identifies weights and prompt. item: its text, or its vectors. limit: the most tokens of the text.
+        model: what identifies weights and prompt. item: its text, title and text, or vectors.
+        limit: the most tokens of the text.
     """
     digest = hashlib.blake2b(digest_size=20)
-    content = item.encode() if isinstance(item, str) else np.ascontiguousarray(item, "<f4").tobytes()
-    kind = "text" if isinstance(item, str) else "vectors"
+    if isinstance(item, str):
+        content = item.encode()
+    elif isinstance(item, Item):
+        content = json.dumps([item.title, item.text]).encode()
+    else:
+        content = np.ascontiguousarray(item, "<f4").tobytes()
+    kind = type(item).__name__
     for part in (model.encode(), query.encode(), f"{kind} {limit}".encode(), content):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()

@@ -150,11 +150,10 @@ class Preparer:
         self._check_misses(prepared, ids, missing, texts, body.on_miss)
         if found:
             self._add_vectors(prepared, query, found, texts)
-        if texts is not None and missing and body.on_miss != "skip":
-            self._add_texts(prepared, query, {place: texts[place] for place in missing}, body.max_tokens_per_item)
-        elif texts is not None:
-            named = {place: texts[place] for place in missing if ids[place] is None}
-            self._add_texts(prepared, query, named, body.max_tokens_per_item)
+        if texts is not None:
+            wanted = {place: texts[place] for place in missing if ids[place] is None or body.on_miss == "text"}
+            if wanted:
+                self._add_texts(prepared, query, wanted, body.max_tokens_per_item)
         return prepared
 
     def _look_up(self, prepared: Prepared, ids: Sequence[str | None]) -> dict[int, np.ndarray]:
@@ -201,11 +200,7 @@ class Preparer:
     ) -> None:
         """Adds rows of texts by place, but for those whose score is cached."""
         if self._cache is not None:
-            content = {
-                place: text if isinstance(text, str) else f"{text.title}\n\n{text.text}"
-                for place, text in texts.items()
-            }
-            texts = {place: texts[place] for place in self._not_cached(prepared, query, content, max_item_tokens)}
+            texts = {place: texts[place] for place in self._not_cached(prepared, query, texts, max_item_tokens)}
         if not texts:
             prepared.prefix_tokens = len(self._ranker.prompt.encode_query(query))
             return
@@ -240,7 +235,7 @@ class Preparer:
                 prepared.add(part, [places[number] for number in numbers])
 
     def _not_cached(
-        self, prepared: Prepared, query: str, items: Mapping[int, str | np.ndarray], limit: int | None
+        self, prepared: Prepared, query: str, items: Mapping[int, str | Item | np.ndarray], limit: int | None
     ) -> list[int]:
         """Fills in the scores that the cache holds; returns the other places and notes their keys."""
         assert self._cache is not None

@@ -7,6 +7,7 @@ import httpx
 import numpy as np
 import pytest
 
+from jaxslm.data_files import Item
 from jaxslm.items.store import StoreUnavailable
 from jaxslm.serve import cache as cache_module
 from jaxslm.serve.cache import CachedScore, MemoryCache, SharedCache, score_key
@@ -74,6 +75,9 @@ def test_keys_differ_in_whatever_a_score_depends_on() -> None:
         ("model", "query", "item", 5),
         ("modelq", "uery", "item", None),
         ("model", "queryitem", "", None),
+        ("model", "query", Item(id="1", title="a", text="item"), None),
+        ("model", "query", Item(id="1", text="item"), None),
+        ("model", "query", '[null, "item"]', None),
         ("model", "query", vectors, None),
         ("model", "query", vectors + 1, None),
     ]

@@ -22,8 +22,8 @@ from tests.serve.tiny_server import ADMIN, log_lines, metric, process
 BODY = {"query": "x", "items": ["a job", "a ward"]}
 
 
-def score(url: str, body: dict[str, Any] = BODY, **headers: str) -> httpx.Response:
-    return httpx.post(f"{url}/v1/score", json=body, headers=headers, timeout=120)
+def score(url: str, body: dict[str, Any] = BODY, deadline_ms: int = 100_000) -> httpx.Response:
+    return httpx.post(f"{url}/v1/score", json=body, headers={"x-deadline-ms": str(deadline_ms)}, timeout=120)
 
 
 def ready(url: str) -> tuple[int, str]:
@@ -115,7 +115,7 @@ def test_a_stalled_device_ends_in_504_and_then_in_503(server: Server, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(CompiledScorer, "collect", stalled)
         patch.setattr(server.service.engine.health, "_stall_s", 0.2)
-        answer = score(server.url, **{"x-deadline-ms": "300"})
+        answer = score(server.url, deadline_ms=300)
         assert (answer.status_code, answer.json()["type"]) == (504, "deadline")
         wait_for(lambda: ready(server.url) == (503, "device_stalled"))
         assert score(server.url).status_code == 503
@@ -136,9 +136,9 @@ def test_too_much_work_is_refused_at_once_with_when_to_come_back(
     with monkeypatch.context() as patch, ThreadPoolExecutor(8) as threads:
         patch.setattr(CompiledScorer, "collect", slow)
         accepted = []
-        for running in (1, 2):
+        for _ in range(2):
             accepted.append(threads.submit(score, server.url))
-            wait_for(lambda running=running: batcher.running_batches == running)
+            wait_for(lambda: batcher.running_batches == len(accepted))
         accepted.append(threads.submit(score, server.url))
         wait_for(lambda: batcher.queued_tokens > 0)
         patch.setattr(batcher, "tokens_per_s", 1.0)
@@ -173,7 +173,7 @@ def test_a_wall_clock_that_jumps_ends_no_request(server: Server, monkeypatch: py
     for jump in (86_400.0, -86_400.0):
         with monkeypatch.context() as patch:
             patch.setattr(time, "time", lambda jump=jump: real() + jump)
-            assert score(server.url, **{"x-deadline-ms": "30000"}).status_code == 200
+            assert score(server.url, deadline_ms=30_000).status_code == 200
             assert ready(server.url) == (200, "ready")
 
 
