@@ -352,7 +352,6 @@ def serve(
     ] = None,
     store: Annotated[str | None, typer.Option(metavar="URL", help="Item store: a folder or redis://HOST.")] = None,
     items: Annotated[Path | None, typer.Option("--items", help="Postings for the page at /: .jsonl, .parquet.")] = None,
-    items: Annotated[Path | None, typer.Option("--items", help="Postings for the page at /: .jsonl, .parquet.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, typer.Option(help="8000 by default; 0 takes a free one.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings as TOML: jaxslm/serve/settings.py lists them.")] = None,
