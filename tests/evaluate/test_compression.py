@@ -1,0 +1,65 @@
+"""The study of compression: rows, intervals and slices of a tiny checkpoint, and its script."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxslm.data_files import Item, Judged, Query
+from jaxslm.evaluate.compression import SLICES, slices_of
+from tests.compress.tiny_compressor import compressor_checkpoint
+from tests.train.toy import write_toy_data
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compression_study.py"
+
+
+def test_queries_fall_into_their_slices() -> None:
+    items = {
+        str(number): Item(id=str(number), text=f"weld pipes {'with argon' if number < 3 else 'by hand'}")
+        for number in range(20)
+    }
+    texts = {
+        "skill": "argon welding",
+        "number": "Lift 20 kg",
+        "word": "Lead two teams",
+        "place": "Weld in hospitals",
+        "town": "Weld pipes in Oslo",
+        "not": "Weld without gas",
+        "non": "Work with non-ferrous metal",
+        "plain": "Notify nobody of twofold pipes",
+    }
+    queries = [Query(query_id=name, query=text, items=(Judged(id="1", label=1.0),)) for name, text in texts.items()]
+    assert slices_of(queries, items) == {
+        "all": list(texts),
+        "exact skill": ["skill"],
+        "number": ["number", "word"],
+        "place": ["place", "town"],
+        "negation": ["not", "non"],
+    }
+
+
+def test_the_script_writes_rows_and_a_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toy_data(tmp_path)
+    arm = compressor_checkpoint(tmp_path / "arm", ks=(1, 2))
+    options = ["--data", tmp_path, "--out", tmp_path / "study", "--limit", 5, "--candidates", 0, "--repeats", 1, arm]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    result = json.loads((tmp_path / "study" / "compression.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["out"] == str(tmp_path / "study")
+    text, *others = result["rows"]
+    assert [row["name"] for row in result["rows"]] == ["arm, text", "arm, k = 1", "arm, k = 2", "arm, k = 2, int8"]
+    assert text["minus_text"] == {"mean": 0.0, "ci95": [0.0, 0.0], "queries": 5}
+    for row in others:
+        low, high = row["minus_text"]["ci95"]
+        assert low <= row["minus_text"]["mean"] <= high
+        assert row["minus_text"]["mean"] == pytest.approx(row["ndcg_at_10"] - text["ndcg_at_10"])
+        assert row["items_per_s"] > 0
+        assert row["slices"].keys() <= SLICES.keys()
+        assert row["slices"]["all"]["ndcg_at_10"] == pytest.approx(row["ndcg_at_10"])
+    assert [row["tokens_per_item"] for row in others] == [2, 3, 3]
+    assert text["tokens_per_item"] > 15
+    assert (tmp_path / "study" / "compression.png").stat().st_size > 1000
