@@ -79,15 +79,17 @@ def bars(names: Sequence[str], values: Sequence[float], *, title: str, write: Ca
     return draw(plot, 350, 20 + 26 * len(names), title=f"{title}: {said}", caption=title)
 
 
-def load_curve(workload: str, steps: Sequence[LoadStep]) -> Drawing:
-    """Returns latency percentiles against the offered load, with the target of 500 ms."""
-    steps = sorted(steps, key=lambda step: step.offered_items_per_s)
-    loads = [step.offered_items_per_s for step in steps]
-    lines = {
-        "p50": [step.p50_ms for step in steps],
-        "p95": [step.p95_ms for step in steps],
-        "p99": [step.p99_ms for step in steps],
-    }
+def load_curve(workload: str, steps: Sequence[LoadStep]) -> Drawing | None:
+    """Returns latency percentiles against the offered load with the target of 500 ms, or None if nothing was scored."""
+    known = [
+        (step.offered_items_per_s, (step.p50_ms, step.p95_ms, step.p99_ms))
+        for step in steps
+        if step.p50_ms is not None and step.p95_ms is not None and step.p99_ms is not None
+    ]
+    if not known:
+        return None
+    loads, percentiles = zip(*sorted(known), strict=True)
+    lines = dict(zip(("p50", "p95", "p99"), zip(*percentiles, strict=True), strict=True))
 
     def plot(axes: "Axes") -> None:
         _scale(axes, "x", loads)
@@ -100,7 +102,7 @@ def load_curve(workload: str, steps: Sequence[LoadStep]) -> Drawing:
         _label_lines(axes, [(f"{LATENCY_TARGET_MS:g} ms", LATENCY_TARGET_MS)])
         _label_ends(axes, [(name, loads[-1], values[-1]) for name, values in lines.items()])
 
-    said = "; ".join(f"{step.offered_items_per_s:.3g} items/s: p99 {step.p99_ms:.3g} ms" for step in steps)
+    said = "; ".join(f"{x:,.3g} items/s: p99 {p99:.3g} ms" for x, p99 in zip(loads, lines["p99"], strict=True))
     return draw(
         plot,
         760,

@@ -39,6 +39,7 @@ COLUMNS = (
     Column("nDCG@10", "ndcg_at_10", "{:.3f}".format, "ndcg_ci95"),
     Column("minus BM25", "ndcg_minus_bm25", "{:+.3f}".format, "ndcg_minus_bm25_ci95"),
     Column("minus dense", "ndcg_minus_dense", "{:+.3f}".format, "ndcg_minus_dense_ci95"),
+    Column("minus full text", "ndcg_minus_text", "{:+.3f}".format, "ndcg_minus_text_ci95"),
     Column("RR@10", "rr_at_10", "{:.3f}".format, "rr_ci95"),
     Column("R@10", "recall_at_10", "{:.3f}".format, "recall_ci95"),
     Column("items/s", "items_per_s", _plain),
@@ -84,7 +85,8 @@ def _drawings(section: Section) -> dict[str, Drawing]:
         drawings["frontier"] = drawing
     for workload in dict.fromkeys(step.workload for step in section.load):
         steps = [step for step in section.load if step.workload == workload]
-        drawings[f"load-{_slug(workload)}"] = load_curve(workload, steps)
+        if (drawing := load_curve(workload, steps)) is not None:
+            drawings[f"load-{_slug(workload)}"] = drawing
     for kind, (title, field, write) in COSTS.items():
         known = [(row.name, float(value)) for row in section.rows if (value := getattr(row, field)) is not None]
         if known:

@@ -23,11 +23,19 @@ class _Measured(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
+class Difference(_Measured):
+    """A mean over queries of paired differences, with its 95 % interval."""
+
+    mean: float
+    ci95: Interval
+
+
 class Row(_Measured):
     """One measured ranker. Everything but the name may be missing, and is then left out.
 
     Attributes:
         ndcg_ci95 and the like: 95 % intervals of the means over queries.
+        minus_text: nDCG@10 minus that of the same ranker on full text.
         items_per_s_p5, items_per_s_p95: quantiles over repeats. tokens_per_item: that the ranker reads.
         gflop_per_item: arithmetic of one item, its share of the shared prefix included.
         calibration: `dataclasses.asdict` of it.
@@ -44,6 +52,7 @@ class Row(_Measured):
     ndcg_minus_bm25_ci95: Interval | None = None
     ndcg_minus_dense: float | None = None
     ndcg_minus_dense_ci95: Interval | None = None
+    minus_text: Difference | None = None
     items_per_s: Count | None = None
     items_per_s_p5: Count | None = None
     items_per_s_p95: Count | None = None
@@ -54,6 +63,16 @@ class Row(_Measured):
     p99_ms: Count | None = None
     calibration: CalibrationReport | None = None
 
+    @property
+    def ndcg_minus_text(self) -> float | None:
+        """The mean of `minus_text`."""
+        return None if self.minus_text is None else self.minus_text.mean
+
+    @property
+    def ndcg_minus_text_ci95(self) -> Interval | None:
+        """The interval of `minus_text`."""
+        return None if self.minus_text is None else self.minus_text.ci95
+
     @field_validator("ndcg_ci95", "rr_ci95", "recall_ci95", "ndcg_minus_bm25_ci95", "ndcg_minus_dense_ci95")
     @classmethod
     def _low_before_high(cls, value: Interval | None) -> Interval | None:
@@ -63,13 +82,13 @@ class Row(_Measured):
 
 
 class LoadStep(_Measured):
-    """A server under one load: latencies of requests counted from when they were due."""
+    """A server under one load: latencies of requests from when they were due; None if none was answered."""
 
     workload: NonEmpty
     offered_items_per_s: Annotated[float, Field(gt=0)]
-    p50_ms: Annotated[float, Field(gt=0)]
-    p95_ms: Annotated[float, Field(gt=0)]
-    p99_ms: Annotated[float, Field(gt=0)]
+    p50_ms: Annotated[float, Field(gt=0)] | None
+    p95_ms: Annotated[float, Field(gt=0)] | None
+    p99_ms: Annotated[float, Field(gt=0)] | None
 
 
 class _ResultFile(BaseModel):

@@ -15,6 +15,7 @@ from jaxslm.errors import InputError
 from jaxslm.evaluate.calibration import calibration_report
 from jaxslm.evaluate.figures import DARK, LIGHT
 from jaxslm.evaluate.report import write_report
+from tests.browser import VIEWS, chromium, keep_screenshot, watched_page
 
 EVIL = "<script>alert(1)</script> | $x_1$ & `b` 雇用"
 
@@ -33,7 +34,14 @@ def ranking() -> dict[str, Any]:
         {"name": "BM25", "ndcg_at_10": 0.55, "ndcg_ci95": [0.53, 0.57], "rr_at_10": 0.3},
         {"name": "full text", "ndcg_at_10": 0.71, "ndcg_ci95": [0.69, 0.73], "items_per_s": 21.3, **cost}
         | {"calibration": calibration(0)},
-        {"name": "k=8", "ndcg_at_10": 0.7, "ndcg_ci95": [0.68, 0.72], "items_per_s": 1310.0, "items_per_s_p5": 1200},
+        {
+            "name": "k=8",
+            "minus_text": {"mean": -0.0123, "ci95": [-0.02, 0.004]},
+            "ndcg_at_10": 0.7,
+            "ndcg_ci95": [0.68, 0.72],
+            "items_per_s": 1310.0,
+            "items_per_s_p5": 1200,
+        },
         {"name": EVIL, "ndcg_at_10": 0.6, "items_per_s": 900.0, "calibration": calibration(1)},
     ]
     return {"rows": rows, "conditions": {"queries": 400, "who": EVIL, "versions": {"jax": "0.11.2"}}}
@@ -51,6 +59,7 @@ def serving() -> dict[str, Any]:
         }
         for rate in (10.0, 20.0, 80.0)
     ]
+    steps.append({"workload": "text_300", "offered_items_per_s": 90.0, "p50_ms": None, "p95_ms": None, "p99_ms": None})
     return {"rows": [{"name": "text_300", "items_per_s": 20.0, "p99_ms": 180.0}], "load": steps, "workload": "text_300"}
 
 
@@ -86,7 +95,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_shows_every_number_and_needs_nothing_from_elsewhere(report: Path) -> None:
     page = Page(report / "index.html")
-    for said in ("0.710", "0.690 to 0.730", "21.3", "1,310", "912", "42.3", "44.1 M", "400", "jax 0.11.2", "180", EVIL):
+    numbers = ("0.710", "0.690 to 0.730", "21.3", "1,310", "912", "42.3", "44.1 M", "180", "-0.012", "-0.020 to +0.004")
+    for said in (*numbers, "400", "jax 0.11.2", EVIL):
         assert said in page.text
     assert "script" not in page.tags
     addresses = [value for name, value in page.attributes if name in ("src", "href", "xlink:href") and value]
@@ -161,6 +171,19 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     assert "svg" not in page.tags
     assert page.tags.count("td") == 0
     assert "only a name" in page.text
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_browser_shows_it_in_light_dark_and_narrow(report: Path, view: str) -> None:
+    problems: list[str] = []
+    with chromium() as browser:
+        page = watched_page(browser, view, problems)
+        page.goto((report / "index.html").as_uri())
+        keep_screenshot(page, f"report-{view}")
+        texts = page.locator("svg text").evaluate_all("all => all.map(text => getComputedStyle(text).fill)")
+    assert problems == []
+    bright = [sum(map(int, re.findall(r"\d+", colour)[:3])) > 380 for colour in texts]
+    assert all(bright) if VIEWS[view][0] == "dark" else not any(bright)
 
 
 @pytest.mark.parametrize(
