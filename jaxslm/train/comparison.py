@@ -247,7 +247,7 @@ def _label_difference(
     @jax.jit
     def read(params: Params, tokens_M: jax.Array, prefix_RP: jax.Array, items_RJT: jax.Array) -> Any:
         layout = EveryToken(prefix_RP, items_RJT, tokens_M.shape[0])
-        return layout.read_last(decoder.apply({"params": params}, tokens_M, layout))
+        return layout.read_last(jnp.asarray(decoder.apply({"params": params}, tokens_M, layout)))
 
     states, losses, scales = [], [], np.geomspace(1e-2, 1e2, 41)
     for batch in batches:

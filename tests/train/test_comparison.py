@@ -33,7 +33,8 @@ def scores(config: Any, params: Any, label_ids: tuple[int, int], batch: NpBatch)
     layout = SharedPrefix(jnp.asarray(batch["prefix"]), jnp.asarray(batch["items"]), len(batch["tokens"]))
     states = jnp.asarray(Decoder(config).apply({"params": params}, jnp.asarray(batch["tokens"]), layout))
     odds = log_odds(states.reshape(-1, config.width), label_rows(params, label_ids))
-    return np.asarray(odds).reshape(batch["valid"].shape)[batch["valid"]]
+    found: np.ndarray = np.asarray(odds).reshape(batch["valid"].shape)[batch["valid"]]
+    return found
 
 
 def similarities(params: Any, batch: NpBatch) -> np.ndarray:
@@ -45,7 +46,7 @@ def similarities(params: Any, batch: NpBatch) -> np.ndarray:
 
 def labelled_by_similarity(params: Any, batch: NpBatch) -> NpBatch:
     """Returns the batch with the most similar item of each list as the only relevant one."""
-    similarity = np.full(batch["valid"].shape, -np.inf)
+    similarity: np.ndarray = np.full(batch["valid"].shape, -np.inf)
     similarity[batch["valid"]] = similarities(params, batch)
     best = np.arange(similarity.shape[1]) == similarity.argmax(axis=1)[:, None]
     return {**batch, "labels": (best & batch["valid"]).astype(np.float32)}
