@@ -96,13 +96,19 @@ def run_client(
     return asyncio.run(_run(target, traffic, rate, seconds, seed, start_at))
 
 
+def poisson_arrivals(rate: float, seconds: float, generator: np.random.Generator) -> list[float]:
+    """Returns the moments in [0, seconds) of a Poisson process of `rate` events per second."""
+    arrivals: list[float] = []
+    while (moment := (arrivals[-1] if arrivals else 0.0) + generator.exponential(1 / rate)) < seconds:
+        arrivals.append(moment)
+    return arrivals
+
+
 async def _run(
     target: Target, traffic: TextTraffic | StoredTraffic, rate: float, seconds: float, seed: int, start_at: float
 ) -> list[Answer]:
     generator = np.random.default_rng(seed)
-    due: list[float] = []
-    while (moment := (due[-1] if due else 0.0) + generator.exponential(1 / rate)) < seconds:
-        due.append(moment)
+    due = poisson_arrivals(rate, seconds, generator)
     bodies = [json.dumps(traffic.body(generator)).encode() for _ in due]
     # The clock that is read from now on does not jump; the one that all processes share may.
     start = time.monotonic() + start_at - time.time()

@@ -124,12 +124,13 @@ def find_capacity(
             best, rate = len(steps) - 1, rate * GROWTH
         else:
             missed = rate
-    for _ in range(REFINEMENTS if best is not None and missed is not None else 0):
-        between = math.sqrt(steps[best]["requests_per_s"] * missed)
-        if passes(between):
-            best = len(steps) - 1
-        else:
-            missed = between
+    if best is not None and missed is not None:
+        for _ in range(REFINEMENTS):
+            between = math.sqrt(steps[best]["requests_per_s"] * missed)
+            if passes(between):
+                best = len(steps) - 1
+            else:
+                missed = between
     row = {"name": f"{traffic.name} over HTTP", "workload": traffic.name, "items_per_request": traffic.items}
     row["tokens_per_request"] = traffic.tokens
     if best is not None:
