@@ -4,11 +4,15 @@ A layout gives the decoder each token's position, the attention of all layers, a
 which only the tokens that are read need queries, an output projection and an MLP.
 """
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import prefix_item_attention as packed
+from pallas_kernels.dispatch import XLA
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -97,16 +101,26 @@ class SharedPrefix:
         prefix_RP: index in 0..M-1 of each prefix token, M where there is none. Real tokens come first.
         items_RJT: index of each item token, M where there is none. Real tokens come first; an item may be empty.
         num_tokens: M.
+        implementation: of attention, as `pallas_kernels.dispatch.choose` takes it. All but XLA's need what
+            `jaxslm.score.packing` makes: each prefix and each item end to end, a prefix before its items.
 
     Reads the last token of each item: [M, ...] -> [R, J, ...] (an empty item's values are finite and mean nothing).
     """
 
-    def __init__(self, prefix_RP: Int[Array, "R P"], items_RJT: Int[Array, "R J T"], num_tokens: int) -> None:
+    def __init__(
+        self,
+        prefix_RP: Int[Array, "R P"],
+        items_RJT: Int[Array, "R J T"],
+        num_tokens: int,
+        implementation: str | None = XLA,
+    ) -> None:
         (R, P), (_, J, T) = prefix_RP.shape, items_RJT.shape
+        self._implementation = implementation
         self._prefix_RP, self._items_RJT, self._num_tokens = prefix_RP, items_RJT, num_tokens
         self._prefix_valid_RP = prefix_RP < num_tokens
         prefix_length_R = jnp.sum(self._prefix_valid_RP, axis=1, dtype=jnp.int32)
         item_length_RJ = jnp.sum(items_RJT < num_tokens, axis=2, dtype=jnp.int32)
+        self._prefix_length_R, self._item_length_RJ = prefix_length_R, item_length_RJ
         self._last_RJ = jnp.maximum(item_length_RJ - 1, 0)
         # Where each flat token stands in the unfolded prefixes and items, laid end to end; padding tokens take place 0.
         places = jnp.concatenate([prefix_RP.reshape(-1), items_RJT.reshape(-1)])
@@ -120,6 +134,9 @@ class SharedPrefix:
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
         """[M, K, G, H] -> [M, K, G, H]: causal in each prefix; items over their prefix and, causally, themselves."""
+        return self._dispatch(q, k, v, self._spans, lambda: self._attend_unfolded(q, k, v))
+
+    def _attend_unfolded(self, q: Array, k: Array, v: Array) -> Array:
         k_RKPH, v_RKPH = self._prefixes(k), self._prefixes(v)
         prefix_out = causal_attention(self._prefixes(q), k_RKPH, v_RKPH)
         item_out = prefix_item_attention(
@@ -137,6 +154,9 @@ class SharedPrefix:
 
     def attend_read(self, q: Array, k: Array, v: Array) -> Array:
         """[R, J, K, G, H] -> [R, J, K, G, H]: the last tokens see their whole prefix and item."""
+        return self._dispatch(q, k, v, self._spans_read, lambda: self._attend_read_unfolded(q, k, v))
+
+    def _attend_read_unfolded(self, q: Array, k: Array, v: Array) -> Array:
         out = prefix_item_attention(
             jnp.moveaxis(q, 2, 1)[:, :, :, None],
             self._prefixes(k),
@@ -147,6 +167,58 @@ class SharedPrefix:
             self._last_RJ,
         )
         return jnp.moveaxis(out[:, :, :, 0], 1, 2)
+
+    def _dispatch(
+        self, q: Array, k: Array, v: Array, spans: Callable[[], packed.KeySpans], unfolded: Callable[[], Array]
+    ) -> Array:
+        if self._implementation == XLA:
+            return unfolded()
+        *queries, K, G, H = q.shape
+        out = packed.prefix_item_attention(
+            q.reshape(-1, K * G, H),
+            k,
+            v,
+            spans(),
+            longest=(self._prefix_RP.shape[1], self._items_RJT.shape[2]),
+            implementation=self._implementation,
+            xla=lambda: unfolded().reshape(-1, K * G, H),
+        )
+        return out.reshape(*queries, K, G, H)
+
+    def _spans(self) -> packed.KeySpans:
+        """The keys that each flat token sees: a prefix token those of its prefix, as its item; padding none."""
+        (R, P), (_, J, T), starts_R = self._prefix_RP.shape, self._items_RJT.shape, self._prefix_starts()
+        first = jnp.broadcast_to(starts_R[:, None], (R, P))
+        of_prefixes = packed.KeySpans(first, first, first, self._prefix_RP + 1)
+        places = (R, J, T)
+        of_items = packed.KeySpans(
+            jnp.broadcast_to(starts_R[:, None, None], places),
+            jnp.broadcast_to((starts_R + self._prefix_length_R)[:, None, None], places),
+            jnp.broadcast_to(self._items_RJT[..., :1], places),
+            self._items_RJT + 1,
+        )
+        columns = [jnp.concatenate([a.reshape(-1), b.reshape(-1)]) for a, b in zip(of_prefixes, of_items, strict=True)]
+        used = jnp.concatenate([self._prefix_RP.reshape(-1), self._items_RJT.reshape(-1)])
+        real_M = jnp.zeros(self._num_tokens, bool).at[used].set(True, mode="drop")
+        return packed.KeySpans(*(jnp.where(real_M, column[self._unfolded_M], 0) for column in columns))
+
+    def _prefix_starts(self) -> Int[Array, " R"]:
+        """First token of each row's prefix, 0 where it has none."""
+        R, P = self._prefix_RP.shape
+        first_R = self._prefix_RP[:, 0] if P else jnp.zeros(R, jnp.int32)
+        return jnp.where(self._prefix_length_R > 0, first_R, 0)
+
+    def _spans_read(self) -> packed.KeySpans:
+        """The keys that the last token of each item sees; none if the item is empty."""
+        R, J, _ = self._items_RJT.shape
+        starts_R, begin_RJ = self._prefix_starts(), self._items_RJT[..., 0]
+        columns = (
+            jnp.broadcast_to(starts_R[:, None], (R, J)),
+            jnp.broadcast_to((starts_R + self._prefix_length_R)[:, None], (R, J)),
+            begin_RJ,
+            begin_RJ + self._item_length_RJ,
+        )
+        return packed.KeySpans(*(jnp.where(self._item_length_RJ > 0, column, 0).reshape(-1) for column in columns))
 
     def _prefixes(self, x: Array) -> Array:
         """[M, K, ...] -> [R, K, P, ...]; heads before tokens make every product of attention a plain batched one."""

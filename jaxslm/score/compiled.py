@@ -69,7 +69,7 @@ def _make_score_fn(
             layout = Rows(jnp.asarray(batch["valid"]))
         else:
             items_RJT = jnp.asarray(batch["items"])
-            layout = SharedPrefix(jnp.asarray(batch["prefix"]), items_RJT, x.shape[0])
+            layout = SharedPrefix(jnp.asarray(batch["prefix"]), items_RJT, x.shape[0], implementation)
             if "vectors" in batch:
                 x = splice(x, jnp.asarray(batch["vectors"]), items_RJT)
         hidden: Array = decoder.apply({"params": params}, x, layout, method=Decoder.decode)  # type: ignore[assignment]

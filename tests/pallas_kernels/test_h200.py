@@ -1,0 +1,53 @@
+"""Every kernel compiles for an H200, keeps its values in registers and fits shared memory; so does the scoring step."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from jaxslm.bench.workloads import MODELS, WORKLOADS
+from jaxslm.config import PromptConfig, RankerConfig
+from jaxslm.model.decoder import abstract_params
+from jaxslm.score.buckets import make_bucket
+from jaxslm.score.compiled import make_score_fn
+from jaxslm.score.warmup import abstract_batch
+from pallas_kernels.dispatch import MOSAIC_GPU, XLA
+from pallas_kernels.specs import OPS, Spec, specs
+from tests.pallas_kernels.h200 import compile_for_h200, compiled_kernels, needs_compiler
+
+pytestmark = needs_compiler
+
+SHARED_MEMORY_BYTES = 227 * 1024
+
+
+@pytest.mark.parametrize("spec", [spec for op in OPS for spec in specs(op)], ids=str)
+def test_kernels_compile_without_spills(
+    spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
+    kernels = compiled_kernels(
+        tmp_path, monkeypatch, lambda *arguments: spec.run(*arguments, implementation=MOSAIC_GPU), *spec.make(0)
+    )
+    record_property("kernels", kernels)
+    print(kernels)
+    (kernel,) = kernels
+    assert kernel.spilled_bytes == 0
+    assert kernel.shared_memory_bytes <= SHARED_MEMORY_BYTES
+
+
+@pytest.mark.parametrize("implementation", [XLA, MOSAIC_GPU])
+@pytest.mark.parametrize("workload", ["summary", "latent_8"])
+def test_the_scoring_step_compiles(
+    workload: str, implementation: str, record_property: Callable[[str, object], None]
+) -> None:
+    """Two layers of the pruned Qwen3 on a pass of 8192 tokens; a layer's temporary memory is used again by the next."""
+    model = MODELS["qwen3-0.6b-pruned"].model_copy(update={"num_layers": 2})
+    config = RankerConfig(model=model, prompt=PromptConfig(template="yes-no"), label_token_ids=(17, 42))
+    shape = WORKLOADS[workload]
+    bucket = make_bucket(8192, shape.prefix_tokens, shape.item_tokens, shape.item_tokens, shape.vectors_per_item)
+    step = make_score_fn(config, dtype=jnp.bfloat16, implementation=implementation)
+    batch = abstract_batch(bucket, model.width, jnp.bfloat16)
+    memory = compile_for_h200(step, abstract_params(model, jnp.bfloat16), batch).memory_analysis()
+    record_property("temporary_bytes", memory.temp_size_in_bytes)
+    print(workload, implementation, memory.temp_size_in_bytes)
+    assert memory.temp_size_in_bytes < 2**30
