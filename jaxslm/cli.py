@@ -396,15 +396,19 @@ def calibrate(
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option("--out", help="Working folder; what is done is reused.")] = Path("quickstart"),
+    serve: Annotated[bool, typer.Option(help="Stay with the server at the end until Ctrl-C.")] = True,
 ) -> None:
-    """Fetch a real model and real postings, score and evaluate them: a few minutes on a laptop.
+    """Train, prune, compress, measure and serve a ranker on real data: about 12 minutes on two cores.
 
-    Example: jaxslm quickstart --out quickstart
+    Example: jaxslm quickstart --out quickstart --no-serve
     """
     from jaxslm.quickstart import run
 
     _keep_compiled_programs()
-    _answer(run(out))
+    result = run(out, serve=serve)
+    _answer(result)
+    if not result["finished"]:
+        raise typer.Exit(130)
 
 
 @bench.command("score")

@@ -1,53 +1,169 @@
-"""The quickstart: its stages on made data, what a second run reuses, and what it says about damage."""
+"""The quickstart: all stages on made data, what a second run reuses, going on after Ctrl-C, what damage leads to."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
-from jaxslm import quickstart
 from jaxslm.errors import InputError
+from jaxslm.quickstart import pipeline, run, serving
+from jaxslm.quickstart.settings import MeasureSettings, QuickstartSettings
+from jaxslm.score.scorer import load
+from jaxslm.train import step
 from tests.convert.test_gguf import write_gguf
 from tests.tiny import tiny_config
+from tests.train.test_loop import stop_after
+from tests.train.toy import write_toy_data
 
-COUNTS = {"items": 8, "train_task_queries": 1, "train_dwa_queries": 1, "dev_queries": 1, "bls_queries": 6}
+COUNTS = {"items": 40, "train_task_queries": 60, "train_dwa_queries": 0, "dev_queries": 10, "bls_queries": 0}
+MODEL = tiny_config(
+    "llama", width=64, num_layers=3, num_kv_heads=1, queries_per_kv=2, head_dim=16, mlp_width=64, max_positions=2048
+)
+BATCHES = (
+    "steps=2",
+    "save_every=1",
+    "data.items_per_list=8",
+    "data.hard_negatives=2",
+    "data.random_negatives=2",
+    "data.hard_negative_pool=0",
+    "data.lists_per_batch=2",
+    "data.tokens_per_batch=1600",
+    "data.max_prefix_tokens=60",
+    "data.max_item_tokens=60",
+    "optimiser.warmup_steps=0",
+)
+SETTINGS = QuickstartSettings(
+    encoder=(
+        "steps=2",
+        "save_every=1",
+        "layers=2",
+        "data.pairs_per_batch=4",
+        "data.tokens_per_batch=600",
+        "data.max_prefix_tokens=60",
+        "data.max_item_tokens=60",
+        "optimiser.warmup_steps=0",
+    ),
+    ranker=(*BATCHES, "prompt.max_tokens=128", "comparison_layer=true", "train_layers=1"),
+    recover=BATCHES,
+    compressor=(*BATCHES, "curriculum.projector_steps=1", "compressor.ks=[1, 2]", "evaluation_ks=[]"),
+    mlp_keep=48,
+    width_multiple=16,
+    calibration_tokens=600,
+    measure=MeasureSettings(queries=3, candidates=4, speed_requests=1, speed_items=4, repeats=1),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("encoder", "ranker", "compressor"):
+        monkeypatch.setattr(f"jaxslm.train.{name}.make_mesh", lambda: step.make_mesh(jax.devices()[:1]))
 
 
 def make_demo(data: Path) -> dict[str, Any]:
-    """Fills a folder like `fetch_demo` does: a tiny model, eight postings and six queries."""
+    """Fills a folder like `fetch_demo` does: a tiny model, forty items, sixty queries to learn from, ten held out."""
     if not data.is_dir():
         (data / "jobs").mkdir(parents=True)
         (data / "model").mkdir()
-        write_gguf(data / "model" / "tiny.gguf", tiny_config("llama", max_positions=2048))
-        words = ("baker", "nurse", "pilot", "truck", "judge", "diver", "actor", "miner")
-        items = [{"id": f"i{n}", "title": word, "text": f"The work of a {word}."} for n, word in enumerate(words)]
-        queries = [
-            {"query_id": f"q{n}", "query": word, "items": [{"id": f"i{n}", "label": 1.0}]}
-            for n, word in enumerate(words[:6])
-        ]
-        (data / "jobs" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-        (data / "jobs" / "bls.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+        write_gguf(data / "model" / "tiny.gguf", MODEL)
+        write_toy_data(data / "jobs")
     return {"counts": COUNTS}
 
 
-def test_the_whole_run_and_a_second_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = quickstart.run(tmp_path / "out", make_demo)
-    shown = capsys.readouterr().err
-    assert [row["name"] for row in result["rows"]] == ["random order", "BM25", quickstart.MODEL_NAME]
-    assert result["conditions"]["queries"] == 6
-    assert result == json.loads((tmp_path / "out" / "results.json").read_text())
-    for text in ("P(yes) =", "untrained for ranking", "BM25", "parameters"):
-        assert text in shown
+def quickstart(out: Path) -> dict[str, Any]:
+    return run(out, serve=False, fetch=make_demo, settings=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a whole run, and what it returned."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("encoder", "ranker", "compressor"):
+            patched.setattr(f"jaxslm.train.{name}.make_mesh", lambda: step.make_mesh(jax.devices()[:1]))
+        return out, quickstart(out)
+
+
+def test_the_whole_run(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
+    assert result["finished"]
+    rows = {row["name"]: row for row in result["rows"]}
+    measured = ["full text", "pruned", "compressed k=2", "compressed k=1"]
+    assert list(rows) == [*measured, "bi-encoder", "random order", "BM25"]
+    assert all(0 <= row["ndcg_ci95"][0] <= row["ndcg_at_10"] <= row["ndcg_ci95"][1] <= 1 for row in rows.values())
+    assert all(rows[name]["items_per_s"] > 0 for name in measured)
+    assert [rows[f"compressed k={k}"]["tokens_per_item"] for k in (1, 2)] == [2, 3]
+    assert rows["full text"]["tokens_per_item"] == rows["pruned"]["tokens_per_item"] > 3
+    assert rows["pruned"]["parameters"] < rows["full text"]["parameters"]
+    assert rows["pruned"]["gflop_per_item"] < rows["full text"]["gflop_per_item"]
+    assert "ndcg_minus_dense_ci95" in rows["compressed k=1"]
+    assert result["conditions"]["queries"] == 3
+    for name in ("Data", "Ranker", "Server"):
+        assert result["conditions"]["seconds"][name] > 0
+    page = Path(result["report"]).read_text()
+    assert "compressed k=1" in page
+    assert load(out / "ranker").config.model.num_layers == 3
+    assert load(out / "pruned").config.model.mlp_width == 48
+
+
+def test_the_server_answers_each_kind_of_request(finished: tuple[Path, dict[str, Any]]) -> None:
+    answers = [each["answer"] for each in json.loads((finished[0] / "served.json").read_text()).values()]
+    texts, stored, reranked = answers
+    expected = load(finished[0] / "compressed").score_request(serving.QUERY, list(serving.TEXTS)).log_odds
+    assert texts["logits"] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert set(stored["status"]) == {"embedding"}
+    assert len(stored["logits"]) == serving.STORED
+    assert [each["index"] for each in reranked["results"]] == (-expected).argsort(kind="stable").tolist()
+
+
+def test_a_second_run_shows_the_report_in_seconds(
+    finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, result = finished
     start = time.perf_counter()
-    assert quickstart.run(tmp_path / "out", make_demo) == result
+    assert quickstart(out) == result
     assert time.perf_counter() - start < 5
-    assert "untrained for ranking" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Done already" in shown
+    assert "full text" in shown
+    assert "index.html" in shown
 
 
-def test_damaged_results_are_named(tmp_path: Path) -> None:
-    quickstart.run(tmp_path / "out", make_demo)
-    (tmp_path / "out" / "results.json").write_text("{")
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in training ends the run between two updates; the same command goes on and begins no stage anew."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        assert quickstart(out) == {"finished": False, "out": str(out)}
+    assert (out / "smollm2").is_dir()
+    assert not (out / "encoder").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "convert", lambda *_, **__: pytest.fail("the model was converted again"))
+        patched.setattr(pipeline, "train_ranker", raise_interrupt)
+        assert not quickstart(out)["finished"]
+    lines = (out / "encoder.training" / "log.jsonl").read_text().splitlines()
+    assert [entry["step"] for line in lines if "loss" in (entry := json.loads(line))] == [1, 2]
+
+
+def raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_checkpoint_of_another_run_is_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / "ranker")
+    shutil.copytree(out / "encoder", out / "ranker")
+    with pytest.raises(InputError, match=r"ranker: made from another encoder than the one beside it; remove it"):
+        quickstart(out)
+
+
+def test_damaged_results_are_named(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (out / "results.json").write_text("{")
     with pytest.raises(InputError, match=r"results\.json: damaged .*; remove it"):
-        quickstart.run(tmp_path / "out", make_demo)
+        quickstart(out)

@@ -38,7 +38,8 @@ def fit_buckets_to_file(
         raise InputError(f"{traffic}: no requests")
     fitted = fit_buckets([[request] for request in requests], count, max_tokens)
     with new_file(out) as staging:
-        staging.write_text(_toml(fitted, traffic), encoding="utf-8")
+        comment = f"Fitted to {traffic.name} by `jaxslm bench fit-buckets`."
+        staging.write_text(buckets_toml(fitted, comment), encoding="utf-8")
     default = default_buckets(jax.default_backend())
     return {
         "out": str(out),
@@ -50,6 +51,14 @@ def fit_buckets_to_file(
     }
 
 
+def buckets_toml(config: BucketConfig, comment: str) -> str:
+    """Returns buckets as the TOML file that `jaxslm score` and `jaxslm serve` read."""
+    lines = [f"# {comment}", f"overhead_tokens = {config.overhead_tokens}"]
+    for bucket in config.buckets:
+        lines += ["", "[[buckets]]", *(f"{name} = {value}" for name, value in bucket.model_dump().items())]
+    return "\n".join(lines) + "\n"
+
+
 def _padding(requests: list[PackRequest], config: BucketConfig) -> float:
     packer = Packer(config)
     forwards = [forward for request in requests for group in packer.pack([request]) for forward in group]
@@ -59,13 +68,3 @@ def _padding(requests: list[PackRequest], config: BucketConfig) -> float:
 def _cost(requests: list[PackRequest], config: BucketConfig) -> float:
     packer = Packer(config)
     return sum(packer.cost_tokens([request]) for request in requests)
-
-
-def _toml(config: BucketConfig, traffic: Path) -> str:
-    lines = [
-        f"# Fitted to {traffic.name} by `jaxslm bench fit-buckets`.",
-        f"overhead_tokens = {config.overhead_tokens}",
-    ]
-    for bucket in config.buckets:
-        lines += ["", "[[buckets]]", *(f"{name} = {value}" for name, value in bucket.model_dump().items())]
-    return "\n".join(lines) + "\n"

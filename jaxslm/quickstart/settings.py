@@ -1,0 +1,48 @@
+"""What the quickstart does beside the recipe of `configs/`, and how much it measures."""
+
+from jaxslm.config import Positive, Settings
+
+
+class MeasureSettings(Settings):
+    """How much is measured.
+
+    Attributes:
+        queries, candidates: held-out queries, and the length of the BM25 list of each; judged items are added.
+        speed_requests, speed_items: requests that are scored together, and the items of each. repeats: timed ones.
+    """
+
+    queries: Positive = 40
+    candidates: Positive = 20
+    speed_requests: Positive = 2
+    speed_items: Positive = 40
+    repeats: Positive = 3
+
+
+class QuickstartSettings(Settings):
+    """Settings of a run.
+
+    Attributes:
+        encoder, ranker, recover, compressor: `a.b=value` overrides of cpu-encoder.toml, cpu.toml, cpu-recover.toml and
+            cpu-compressor.toml. The defaults shorten the two last ones to what fits into minutes: few updates, and for
+            the compressor two k and no reading of text beside its vectors but the teacher's.
+        mlp_keep, width_multiple, calibration_tokens: of `jaxslm prune`.
+    """
+
+    encoder: tuple[str, ...] = ()
+    ranker: tuple[str, ...] = ()
+    recover: tuple[str, ...] = ("steps=15", "save_every=15", "optimiser.warmup_steps=2")
+    compressor: tuple[str, ...] = (
+        "steps=60",
+        "save_every=30",
+        "evaluation_ks=[]",
+        "compressor.ks=[1, 8]",
+        "curriculum.projector_steps=15",
+        "curriculum.text_share=0.0",
+        "losses.alignment=0.0",
+        "losses.hidden_alignment=0.0",
+        "optimiser.warmup_steps=5",
+    )
+    mlp_keep: Positive = 768
+    width_multiple: Positive = 128
+    calibration_tokens: Positive = 16_384
+    measure: MeasureSettings = MeasureSettings()
