@@ -266,7 +266,13 @@ def _file_hashes(folder: Path) -> dict[str, str]:
 def _save_item(folder: Path, tree: Tree) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    hosts = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
+        # One host of a run writes for all. Orbax would wait for the others, and refuse arrays that no other host has.
+        host = jax.process_index()
+        hosts = ocp.options.MultiprocessingOptions(host, {host}, f"checkpoint_of_host_{host}")
+        tree = jax.tree.map(np.asarray, tree)
+    with ocp.StandardCheckpointer(multiprocessing_options=hosts) as checkpointer:
         checkpointer.save(folder.absolute(), tree)
 
 

@@ -21,7 +21,14 @@ from tests.train.toy import toy_folder, toy_ranker
 
 ROOT = Path(__file__).parents[2]
 # One list per batch, so that host 0 of 2 gets the lists that device 0 of 2 gets.
-SETTINGS = ("steps=6", "save_every=3", "evaluation.every=3", "layers=1", "remat=false", "tensorboard=false")
+SETTINGS: tuple[str, ...] = (
+    "steps=6",
+    "save_every=6",
+    "evaluation.every=6",
+    "layers=1",
+    "remat=false",
+    "tensorboard=false",
+)
 SETTINGS += ("data.lists_per_batch=1", "optimiser.accumulate=1")
 
 TRAIN = """
@@ -49,6 +56,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_two_devices_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = toy_folder(tmp_path / "toy")
     code = TRAIN.format(root=str(ROOT), folder=str(folder), overrides=SETTINGS, out=str(tmp_path / "two"))
@@ -64,14 +72,15 @@ def test_two_processes_train_as_two_devices_of_one(tmp_path: Path, monkeypatch: 
         )
         for number in range(2)
     ]
-    monkeypatch.setattr("jaxslm.train.ranker.make_mesh", lambda: step.make_mesh(jax.devices()[:2]))
-    train_ranker(toy_ranker(folder, *SETTINGS), tmp_path / "one")
     try:
-        said = [process.communicate(timeout=60)[0] for process in processes]
+        said = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    monkeypatch.setattr("jaxslm.train.ranker.make_mesh", lambda: step.make_mesh(jax.devices()[:2]))
+    train_ranker(toy_ranker(folder, *SETTINGS), tmp_path / "one")
     np.testing.assert_allclose(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-5)
     two, one = (load_checkpoint(tmp_path / name).params for name in ("two", "one"))
     jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, rtol=0, atol=1e-5), two, one)
