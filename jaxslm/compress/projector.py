@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxslm.config import CompressorConfig
+from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.model.layers import RMSNorm
 
@@ -53,6 +54,51 @@ def init_projector(
     w_out, b_out = _centred(hidden, config.width, target_rms, generator)
     tree = {"norm": {"scale": np.ones(config.encoder.width)}, "in": w_in, "in_bias": b_in, "out": w_out}
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree | {"out_bias": b_out})
+
+
+PASS_THROUGH = 150.0
+"""Size of the vectors that pass through, in RMS of token embeddings. The stream grows about 30-fold over six layers of
+SmolLM2; vectors five times larger than it are changed little by what the layers add."""
+
+
+def pass_through_projector(
+    config: CompressorConfig,
+    pooled_nE: Float[np.ndarray, "n E"],
+    final_scale_E: Float[np.ndarray, " E"],
+    embedding_rms: float,
+) -> Params:
+    """Returns a projector that hands pooled final states on, before the scale of the final norm, and large.
+
+    So large a vector keeps its direction through the ranker's layers, and the last of them sees nearly what it would
+    see of the item's own states. Good when the ranker has grown from the encoder and its last layer does the
+    comparison (`jaxslm.train.comparison`): a short training run then starts near the ranker's quality. Its vectors do
+    not have the embeddings' RMS, as random ones do.
+
+    GELU is the identity far above 0: each input is shifted there, by its range over the sample, and shifted back.
+
+    Args:
+        pooled_nE: pooled states of a sample of items. final_scale_E: scale of the encoder's final norm.
+        embedding_rms: of the ranker's token embeddings.
+
+    Raises:
+        InputError: encoder and ranker differ in width.
+    """
+    if config.encoder.width != config.width:
+        raise InputError(
+            f"projector pass_through: encoder width {config.encoder.width} is not the ranker's {config.width}"
+        )
+    x = pooled_nE / np.sqrt(np.mean(np.square(pooled_nE), axis=1, keepdims=True) + config.encoder.norm_eps)
+    middle, reach = x.mean(axis=0), np.maximum(np.abs(x - x.mean(axis=0)).max(axis=0), 1e-3)
+    shift = 4.0  # GELU(4 - 1) is 3 to one part in a thousand
+    size = PASS_THROUGH * embedding_rms / np.sqrt(np.mean(np.square(x / final_scale_E)))
+    tree = {
+        "norm": {"scale": np.ones(config.width)},
+        "in": np.diag(1 / reach),
+        "in_bias": shift - middle / reach,
+        "out": np.diag(size * reach / final_scale_E),
+        "out_bias": size * (middle - shift * reach) / final_scale_E,
+    }
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
 
 def _centred(

@@ -20,7 +20,7 @@ from jaxslm.compress.encoder import (
     VectorEncoder,
     encoder_tokenizer_json,
 )
-from jaxslm.compress.projector import init_projector
+from jaxslm.compress.projector import init_projector, pass_through_projector
 from jaxslm.compress.splice import text_of
 from jaxslm.config import CompressorConfig
 from jaxslm.data_files import Item
@@ -70,7 +70,7 @@ def train_compressor(settings: CompressorTraining, out: Path) -> TrainResult:
     data = ranker_data(settings.data, start.prompt)
     items = CompressorItems.of(data, first.config, ItemTokenizer(first.tokenizer_json))
     encoder = Encoding(start, first, dtype)
-    projector = first.projector or encoder.new_projector(items, start.params["embedding"], settings.data.seed)
+    projector = first.projector or encoder.new_projector(items, start.params["embedding"], settings)
     if not settings.optimiser.encoder_factor:
         items = replace(items, pooled=encoder.items.pooled(items.ids))
     partition = compressor_partition(settings, start.config)
@@ -147,16 +147,20 @@ class Encoding:
     """The item encoder of a run, outside the update: for what is computed once, and for evaluation."""
 
     def __init__(self, start: Checkpoint, first: StartingCompressor, dtype: jnp.dtype) -> None:
-        self._start, self._config, self._dtype = start, first.config, dtype
+        self._start, self._first, self._config, self._dtype = start, first, first.config, dtype
         params = {"encoder": first.encoder, "projector": first.projector}
         self.items = VectorEncoder(first.config, params, first.tokenizer_json, dtype)
 
-    def new_projector(self, items: CompressorItems, embedding_VD: Any, seed: int) -> Params:
-        """Returns a random projector whose vectors have the RMS of the ranker's token embeddings."""
+    def new_projector(self, items: CompressorItems, embedding_VD: Any, settings: CompressorTraining) -> Params:
+        """Returns the projector before the first update, of the kind that the settings name."""
+        seed = settings.data.seed
         chosen = np.random.default_rng(seed).permutation(len(items.ids))[:SAMPLE]
         pooled = self.items.pooled([items.ids[row] for row in chosen.tolist()])
         states = np.concatenate([each.reshape(-1, each.shape[-1]) for each in pooled.values()])
         target = float(jnp.sqrt(jnp.mean(jnp.square(embedding_VD))))
+        if settings.compressor.projector == "pass_through":
+            scale_E = np.asarray(self._first.encoder["final_norm"]["scale"], np.float64)
+            return pass_through_projector(self._config, states, scale_E, target)
         return init_projector(self._config, states, target, seed)
 
     def evaluate(self, params: Params, held_out: HeldOut, ks: tuple[int, ...]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Settings of `jaxslm train compressor`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,8 @@ class CompressorSettings(Settings):
         start: a checkpoint whose whole compressor is trained further; its encoder, pooling and tokenizer stay.
         ks: how many vectors an item may become; one is drawn for each update.
         pooling: "mean" of segments, or the "last" states as in MixLM.
+        projector: "random", with vectors of the token embeddings' size, or "pass_through", which hands the encoder's
+            states on (`jaxslm.compress.projector`); for a ranker that has grown from the encoder.
         max_item_tokens: how much of an item the encoder reads.
         answer_tokens: how many of the prompt's last tokens stand behind the vectors.
         text_fields, max_text_tokens: fields of items that stay text beside the vectors, and the most tokens of them.
@@ -36,6 +38,7 @@ class CompressorSettings(Settings):
     start: str | None = None
     ks: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)] = (1, 2, 4, 8, 16)
     pooling: Pooling = "mean"
+    projector: Literal["random", "pass_through"] = "random"
     max_item_tokens: Positive
     answer_tokens: Positive = 1
     text_fields: Annotated[tuple[NonEmpty, ...], Field(strict=False)] = ()

@@ -10,7 +10,7 @@ import pytest
 from jaxslm.checkpoint import load_manifest
 from jaxslm.compress.encoder import COMPRESSOR, ItemEncoder, identity_of, load_encoder
 from jaxslm.compress.pooling import pool, segments
-from jaxslm.compress.projector import init_projector, project
+from jaxslm.compress.projector import init_projector, pass_through_projector, project
 from jaxslm.config import Pooling
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
@@ -66,6 +66,21 @@ def test_a_new_projector_has_the_scale_of_token_embeddings_and_tells_items_apart
     np.testing.assert_allclose(vectors.mean(axis=0), 0, atol=1e-4)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     assert np.abs((unit @ unit.T)[np.triu_indices(200, 1)]).mean() < 0.5
+
+
+def test_a_projector_that_passes_through_keeps_the_direction_of_the_stream() -> None:
+    generator = np.random.default_rng(0)
+    common, scale = 3 * generator.standard_normal(32), generator.uniform(0.5, 2, 32)
+    pooled = (common + generator.standard_normal((200, 32))).astype(np.float32)
+    config = compressor_config()
+    projector = pass_through_projector(config, pooled[:100], scale, 0.1)
+    vectors, stream = np.asarray(project(config, projector, jnp.asarray(pooled))), pooled / scale
+    cosines = np.sum(vectors * stream, axis=1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(stream, axis=1)
+    assert cosines.min() > 0.999  # items outside the sample too
+    assert np.sqrt(np.mean(vectors**2)) == pytest.approx(15, rel=0.05)
+    wider = config.model_copy(update={"width": 64})
+    with pytest.raises(InputError, match="encoder width 32 is not the ranker's 64"):
+        pass_through_projector(wider, pooled, scale, 0.1)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
