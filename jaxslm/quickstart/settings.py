@@ -23,13 +23,13 @@ class QuickstartSettings(Settings):
 
     Attributes:
         encoder, ranker, recover, compressor: `a.b=value` overrides of cpu-encoder.toml, cpu.toml, cpu-recover.toml and
-            cpu-compressor.toml. The defaults shorten the two last ones to what fits into minutes: few updates, and for
-            the compressor two k and no reading of text beside its vectors but the teacher's.
+            cpu-compressor.toml. The defaults shorten them to what fits into minutes: few updates, and for
+            the compressor two ks and no reading of text beside its vectors but the teacher's.
         mlp_keep, width_multiple, calibration_tokens: of `jaxslm prune`.
     """
 
-    encoder: tuple[str, ...] = ()
-    ranker: tuple[str, ...] = ()
+    encoder: tuple[str, ...] = ("steps=60",)
+    ranker: tuple[str, ...] = ("steps=30", "save_every=15")
     recover: tuple[str, ...] = ("steps=15", "save_every=15", "optimiser.warmup_steps=2")
     compressor: tuple[str, ...] = (
         "steps=60",

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "compression_study.py"
 
 def test_queries_fall_into_their_slices() -> None:
     items = {
-        str(number): Item(id=str(number), text=f"weld pipes {'with argon' if number < 3 else 'by hand'}")
+        str(number): Item(id=str(number), text=f"weld pipes {'using argon' if number < 3 else 'by hand'}")
         for number in range(20)
     }
     texts = {

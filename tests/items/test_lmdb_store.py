@@ -186,6 +186,7 @@ def test_a_folder_that_cannot_be_made_is_unavailable() -> None:
 def test_a_folder_without_permission_to_write_is_unavailable(tmp_path: Path) -> None:
     code = """
 import os, sys
+from jaxslm.items import lmdb_store  # noqa: F401 -- another user may not be allowed to read the interpreter's files
 from jaxslm.items.store import StoreUnavailable, open_store
 if not os.getuid():
     os.setuid(65534)  # permissions do not bind root

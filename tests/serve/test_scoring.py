@@ -80,6 +80,7 @@ def test_scores_are_the_rankers_in_any_mix_of_concurrent_requests(
             items = generator.choice(LOREM, generator.integers(1, 15)).tolist()
             bodies.append({"query": query, "items": items})
             expected.append(ranker.score_request(query, items))
+    before = metric(server.url, "jaxslm_compilations_after_ready")  # the ranker of this test compiles here too
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda body: ok(post(server, "/v1/score", body)), bodies))
     for answer, scores in zip(answers, expected, strict=True):
@@ -88,7 +89,7 @@ def test_scores_are_the_rankers_in_any_mix_of_concurrent_requests(
         clear = np.abs(scores.log_odds[:, None] - scores.log_odds) > 8 * TOLERANCE
         logits = np.array(answer["logits"])
         assert ((logits[:, None] < logits) == (scores.log_odds[:, None] < scores.log_odds))[clear].all()
-    assert metric(server.url, "jaxslm_compilations_after_ready") == 0
+    assert metric(server.url, "jaxslm_compilations_after_ready") == before
 
 
 def test_a_request_alone_is_bit_equal_to_the_ranker(server: Server, ranker: Ranker) -> None:
