@@ -1,8 +1,8 @@
 """Compiles programs for an H200 on a machine without a GPU, and reads the compiler's report.
 
 Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt (extra `aot`), no driver and no CUDA toolkit. `h200.txtpb`
-describes the device in XLA's text form (GpuTargetConfigProto): what a real one
-reports, with the public data of the chip.
+describes the device in XLA's text form (GpuTargetConfigProto): what a
+real one reports, with the public data of the chip.
 """
 
 import importlib.util
@@ -46,7 +46,7 @@ def _mesh() -> Mesh:
 @contextmanager
 def _without_cache() -> Iterator[None]:
     """A program from JAX's cache on disk comes without a report."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

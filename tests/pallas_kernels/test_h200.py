@@ -48,6 +48,7 @@ def test_the_scoring_step_compiles(
     step = make_score_fn(config, dtype=jnp.bfloat16, implementation=implementation)
     batch = abstract_batch(bucket, model.width, jnp.bfloat16)
     memory = compile_for_h200(step, abstract_params(model, jnp.bfloat16), batch).memory_analysis()
+    assert memory is not None
     record_property("temporary_bytes", memory.temp_size_in_bytes)
     print(workload, implementation, memory.temp_size_in_bytes)
     assert memory.temp_size_in_bytes < 2**30
