@@ -80,7 +80,7 @@ def evaluate_store(
         lookup = known.get([item.id for item in chosen])
         vectors = [each for each in lookup.vectors if each is not None]
         if len(vectors) < len(chosen):
-            place = lookup.vectors.index(None)
+            place = [each is None for each in lookup.vectors].index(True)
             raise InputError(
                 f"store {store.url}: item {chosen[place].id!r} is {lookup.status[place].replace('_', ' ')},"
                 f" {len(chosen) - len(vectors)} of {len(chosen)} candidates cannot be scored; `jaxslm encode` fills it"
