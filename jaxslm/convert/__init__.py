@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Literal
 
 from jaxslm.atomic import refuse_existing
 from jaxslm.checkpoint import Manifest, save_checkpoint
