@@ -32,7 +32,7 @@ from jaxtyping import Float
 from jaxslm.errors import InputError
 
 StorageDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
-Vectors = Float[np.ndarray, "C D"]
+Vectors = Float[np.ndarray, "_ _"]
 
 FORMAT_VERSION = 1
 _MAGIC = b"JSIR"

@@ -253,7 +253,7 @@ def _masked_scores(config: RankerConfig) -> Callable[[Params, Any, Batch], Array
 
 def masked_log_odds(
     config: RankerConfig, params: Params, masks: Masks, calibration: Calibration
-) -> list[Float[np.ndarray, " J"]]:
+) -> list[Float[np.ndarray, " _"]]:
     """Returns the log-odds of each request's items under masks, float32. Other masks compile nothing anew."""
     scores, variables = _masked_scores(config), masks.variables(config.model)
     log_odds_n = np.empty(sum(calibration.sizes), np.float32)

@@ -46,7 +46,7 @@ class VectorScorer:
         """Whether the compressor wants text beside an item's vectors."""
         return bool(self._config.text_fields)
 
-    def logits(self, requests: Sequence[VectorRequest]) -> list[Float32[np.ndarray, "J 2"]]:
+    def logits(self, requests: Sequence[VectorRequest]) -> list[Float32[np.ndarray, "_ 2"]]:
         """Returns the logits of (no, yes) of each request's items; requests share forward passes.
 
         Raises:
