@@ -82,7 +82,7 @@ def test_python_of_the_readme_runs(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "ckpt", tiny_config())
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
-    exec(block.replace("quickstart/smollm2", str(checkpoint)), names)
+    exec(block.replace("quickstart/ranker", str(checkpoint)), names)
     assert len(names["scores"]) == 2  # type: ignore[arg-type]
 
 
