@@ -29,7 +29,9 @@ from jaxslm.config import ModelConfig, RankerConfig
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_rows, vocab_rows
+from jaxslm.model.layout import SharedPrefix
 from jaxslm.prompt import Prompt
+from jaxslm.train.losses import list_softmax
 from jaxslm.train.step import EveryToken
 
 POOLED_NORM = 3.0
@@ -92,13 +94,13 @@ def add_comparison_layer(
 
 
 def _check(model: ModelConfig) -> None:
-    products = model.kv_heads_by_layer[-1] * model.head_dim
     if model.qk_norm:
         raise InputError("comparison_layer: needs a family without q/k norm (llama), whose attention logits are free")
     if model.queries_per_kv < 2:
         raise InputError("comparison_layer: needs at least two query heads per KV head")
-    if 2 * model.kv_heads_by_layer[-1] * model.head_dim > min(model.width - 1, model.mlp_width_by_layer[-1]):
-        raise InputError(f"comparison_layer: width and mlp_width must be above {2 * products}")
+    needed = 2 * model.kv_heads_by_layer[-1] * model.head_dim
+    if model.width <= needed or model.mlp_width_by_layer[-1] < needed:
+        raise InputError(f"comparison_layer: width must be above {needed}, mlp_width at least that")
 
 
 def _put_on_top(model: ModelConfig, params: Params, layer: Params) -> tuple[ModelConfig, Params]:
@@ -245,30 +247,20 @@ def _label_difference(
     decoder = Decoder(model)
 
     @jax.jit
-    def read(params: Params, tokens_M: jax.Array, prefix_RP: jax.Array, items_RJT: jax.Array) -> Any:
-        layout = EveryToken(prefix_RP, items_RJT, tokens_M.shape[0])
-        return layout.read_last(jnp.asarray(decoder.apply({"params": params}, tokens_M, layout)))
+    def read(params: Params, tokens_M: jax.Array, prefix_RP: jax.Array, items_RJT: jax.Array) -> jax.Array:
+        layout = SharedPrefix(prefix_RP, items_RJT, len(tokens_M))
+        return jnp.asarray(decoder.apply({"params": params}, tokens_M, layout))
 
-    states, losses, scales = [], [], np.geomspace(1e-2, 1e2, 41)
-    for batch in batches:
-        states_RJD = np.asarray(read(params, batch["tokens"], batch["prefix"], batch["items"]), np.float64)
-        states.append(states_RJD[batch["valid"]])
-        similarity_RJ = np.where(batch["valid"], states_RJD @ direction_D, -np.inf)
-        losses += [
-            [_list_loss(scale * row, labels) for scale in scales]
-            for row, labels in zip(similarity_RJ, batch["labels"], strict=True)
-            if np.nansum(labels) > 0
-        ]
-    scale = scales[np.argmin(np.mean(losses, axis=0))]
-    states_ID = np.concatenate(states)
-    offset_D = _to_one(states_ID)
-    mean = scale * np.mean(states_ID @ direction_D)
+    states_RJD = np.concatenate(
+        [np.asarray(read(params, each["tokens"], each["prefix"], each["items"]), np.float64) for each in batches]
+    )
+    labels_RJ, valid_RJ = (jnp.concatenate([each[name] for each in batches]) for name in ("labels", "valid"))
+    similarity_RJ = jnp.asarray(states_RJD @ direction_D, jnp.float32)
+    scales = np.geomspace(1e-2, 1e2, 41)
+    list_losses = [float(list_softmax(scale * similarity_RJ, labels_RJ, valid_RJ)) for scale in scales]
+    scale = scales[np.argmin(list_losses)]
+    states_ND = states_RJD[np.asarray(valid_RJ)]
+    offset_D = _to_one(states_ND)
+    mean = scale * np.mean(states_ND @ direction_D)
     difference_D: np.ndarray = scale * direction_D + (START_LOG_ODDS - mean) * offset_D
     return difference_D
-
-
-def _list_loss(log_odds_J: np.ndarray, labels_J: np.ndarray) -> float:
-    """-sum_i q_i log softmax(s)_i over the valid items (finite s), q the labels divided by their sum."""
-    valid = np.isfinite(log_odds_J)
-    s, q = log_odds_J[valid], labels_J[valid] / labels_J[valid].sum()
-    return float(np.log(np.exp(s - s.max()).sum()) + s.max() - q @ s)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -46,7 +46,7 @@ def _mesh() -> Mesh:
 @contextmanager
 def _without_cache() -> Iterator[None]:
     """A program from JAX's cache on disk comes without a report."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    before = cast(Any, jax.config).jax_enable_compilation_cache  # its type differs between versions of JAX
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
