@@ -232,12 +232,12 @@ def _to_one(states_ND: np.ndarray) -> np.ndarray:
 
 
 def _principal_directions(sample: _Sample, count: int) -> np.ndarray:
-    """The `count` directions [D, count] in which pooled states vary most, orthogonal to what all of them share."""
-    means = [each.mean(axis=0) for each in (sample.queries, sample.items)]
-    shared_DS = np.linalg.qr(np.stack(means, axis=1))[0]
-    spread = np.concatenate([sample.queries - means[0], sample.items - means[1]])
-    spread -= spread @ shared_DS @ shared_DS.T
-    return np.linalg.eigh(spread.T @ spread)[1][:, ::-1][:, :count]
+    """The `count` directions [D, count] in which pooled states are largest, those that all of them share included.
+
+    What is shared says nothing of an item, but a cosine is of whole vectors: without it the order is another.
+    """
+    units = np.concatenate([each / np.linalg.norm(each, axis=1, keepdims=True) for each in (sample.queries, sample.items)])
+    return np.linalg.eigh(units.T @ units)[1][:, ::-1][:, :count]
 
 
 def _label_difference(
