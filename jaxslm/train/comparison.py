@@ -236,7 +236,9 @@ def _principal_directions(sample: _Sample, count: int) -> np.ndarray:
 
     What is shared says nothing of an item, but a cosine is of whole vectors: without it the order is another.
     """
-    units = np.concatenate([each / np.linalg.norm(each, axis=1, keepdims=True) for each in (sample.queries, sample.items)])
+    units = np.concatenate(
+        [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (sample.queries, sample.items)]
+    )
     return np.linalg.eigh(units.T @ units)[1][:, ::-1][:, :count]
 
 

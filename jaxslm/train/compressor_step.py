@@ -24,7 +24,7 @@ from jaxslm.train.compressor_settings import CompressorLosses, CompressorTrainin
 from jaxslm.train.partition import LABEL_ROWS, TABLES, Frozen, Partition, join_params, split_params
 from jaxslm.train.ranker import list_log_odds, lists, ranking_terms, weighted_sum
 from jaxslm.train.speed import BACKWARD, ranker_work
-from jaxslm.train.step import DATA, Batch, LossFn, decode_items, gather, item_states, learning_rates
+from jaxslm.train.step import DATA, Batch, ItemStates, LossFn, decode_items, gather, item_states, learning_rates
 from jaxslm.train.teacher import Teacher
 
 TAUGHT = ("distillation", "list_distillation", "hidden")
@@ -49,7 +49,7 @@ def rounded_to_int8(vectors: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
     return jnp.round(vectors / scale) * scale
 
 
-def mixed_states(models: Models, params: Params, batch: Batch, mesh: Mesh, *, mean: bool) -> Array:
+def mixed_states(models: Models, params: Params, batch: Batch, mesh: Mesh, *, every: bool) -> ItemStates:
     """Returns `item_states` of items that are vectors; each device encodes and reads its own part.
 
     Args:
@@ -57,7 +57,7 @@ def mixed_states(models: Models, params: Params, batch: Batch, mesh: Mesh, *, me
     """
     encoded = ("pooled",) if "pooled" in batch else ("item_tokens", "item_valid", "segments")
 
-    def local(params: Params, part: Batch) -> Array:
+    def local(params: Params, part: Batch) -> ItemStates:
         part = {name: array[0] for name, array in part.items()}
         tokens, prefix, items = (part[name] for name in MIXED)
         R, J, _ = items.shape
@@ -68,10 +68,10 @@ def mixed_states(models: Models, params: Params, batch: Batch, mesh: Mesh, *, me
         vectors += part["noise"] * jax.lax.stop_gradient(rounded_to_int8(vectors) - vectors)
         x_MD = jnp.asarray(models.ranker.apply({"params": params["ranker"]}, tokens, method=Decoder.embed))
         x_MD = splice(x_MD, vectors.reshape(R, J, *vectors.shape[1:]), items)
-        return decode_items(models.ranker, params["ranker"], x_MD, prefix, items, mean=mean)[None]
+        return decode_items(models.ranker, params["ranker"], x_MD, prefix, items, every=every)
 
     part = {name: batch[name] for name in (*MIXED, *encoded, "noise")}
-    states: Array = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(DATA))(params, part)
+    states: ItemStates = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(DATA))(params, part)
     return states
 
 
@@ -90,19 +90,18 @@ def compressor_loss(
             params |= jax.lax.stop_gradient({name: params[name] for name in ("ranker", "encoder")})
         rows_2D = label_rows(params["ranker"], models.config.label_token_ids)
         taught = teacher.states(frozen["teacher"], batch) if teacher is not None else None
-        mean = weights.mean_state > 0
+        every = weights.mean_state > 0
         on_vectors = MIXED[0] in batch
         if on_vectors:
-            states = mixed_states(models, params, batch, mesh, mean=mean)
+            states = mixed_states(models, params, batch, mesh, every=every)
         else:
-            states = item_states(models.ranker, params["ranker"], batch, mesh, mean=mean)
+            states = item_states(models.ranker, params["ranker"], batch, mesh, every=every)
         terms = ranking_terms(states, rows_2D, batch, weights, taught)
         factors = dict.fromkeys(terms, jnp.float32(1))
         if on_vectors:
             factors |= {name: jnp.mean(batch["teach"]) for name in TAUGHT if name in terms}
             if weights.aligns:
-                last = states[:, 0] if mean else states
-                aligned = _alignment(models, params["ranker"], last, rows_2D, batch, weights, mesh)
+                aligned = _alignment(models, params["ranker"], states.last, rows_2D, batch, weights, mesh)
                 terms |= aligned
                 factors |= dict.fromkeys(aligned, jnp.mean(batch["align"]))
         loss = weighted_sum({name: factors[name] * term for name, term in terms.items()}, weights)
@@ -122,7 +121,7 @@ def _alignment(
     mesh: Mesh,
 ) -> dict[str, Array]:
     """Terms between the last tokens' states on vectors and those of the same ranker on text, which get no gradient."""
-    text = item_states(models.ranker, jax.lax.stop_gradient(ranker), batch, mesh)
+    text = item_states(models.ranker, jax.lax.stop_gradient(ranker), batch, mesh).last
     valid_RJ = lists(batch["valid"])
     terms = {}
     if weights.alignment:

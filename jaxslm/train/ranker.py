@@ -24,11 +24,11 @@ from jaxslm.train.heldout import HeldOut
 from jaxslm.train.hosts import join_hosts
 from jaxslm.train.loop import Task, TrainResult, dtype_of, run, saver
 from jaxslm.train.partition import Frozen, join_params, partition_of
-from jaxslm.train.settings import LossWeights, RankerTraining
+from jaxslm.train.settings import LossWeights, RankerLosses, RankerTraining
 from jaxslm.train.sources import TrainingData
 from jaxslm.train.speed import ranker_work
 from jaxslm.train.start import load_start
-from jaxslm.train.step import Batch, LossFn, gather, item_states, make_mesh, make_optimiser
+from jaxslm.train.step import Batch, ItemStates, LossFn, gather, item_states, make_mesh, make_optimiser
 from jaxslm.train.teacher import Teacher, load_teacher
 
 LABEL_LOSSES = {
@@ -40,53 +40,61 @@ LABEL_LOSSES = {
 
 
 def ranker_loss(
-    config: RankerConfig, decoder: Decoder, weights: LossWeights, mesh: Mesh, teacher: Teacher | None
+    config: RankerConfig, decoder: Decoder, weights: RankerLosses, mesh: Mesh, teacher: Teacher | None
 ) -> LossFn:
     """Returns the weighted sum of the losses as a function of (trainable, frozen, batch).
 
     The teacher's log-odds come from `teacher`, else from the batch ("teacher": NaN where there is none).
     """
+    taught_every = weights.every_state > 0
 
     def loss_fn(trainable: Params, frozen: Frozen, batch: Batch) -> tuple[Array, dict[str, Array]]:
         params = join_params(trainable, frozen["tables"], config)
-        states = item_states(decoder, gather(params, decoder.dtype, mesh), batch, mesh, mean=weights.mean_state > 0)
-        taught = teacher.states(frozen["teacher"], batch) if teacher is not None else None
+        every = taught_every or weights.mean_state > 0
+        states = item_states(decoder, gather(params, decoder.dtype, mesh), batch, mesh, every=every)
+        taught = teacher.states(frozen["teacher"], batch, every=taught_every) if teacher is not None else None
         terms = ranking_terms(states, label_rows(params, config.label_token_ids), batch, weights, taught)
+        if taught is not None and states.every is not None and taught[0].every is not None:
+            terms["every_state"] = losses.hidden_cosine(states.every, taught[0].every, jax.vmap(_real_tokens)(batch))
         return weighted_sum(terms, weights), terms
 
     return loss_fn
 
 
 def ranking_terms(
-    states: Array, rows_2D: Array, batch: Batch, weights: LossWeights, taught: tuple[Array, Array] | None
+    states: ItemStates, rows_2D: Array, batch: Batch, weights: LossWeights, taught: tuple[ItemStates, Array] | None
 ) -> dict[str, Array]:
     """Returns the terms of the loss that have a weight, by name.
 
     Args:
-        states: of the items' last tokens [devices, R, J, D]; with a weight of `mean_state` [devices, 2, R, J, D], their
-            means too.
+        states: with means if `mean_state` has a weight.
         rows_2D: head rows of (no, yes).
         batch: "labels", "valid", and "teacher" if log-odds are stored.
         taught: the states and head rows of a teacher on the same items.
     """
     labels_RJ, valid_RJ = lists(batch["labels"]), lists(batch["valid"])
     terms = {}
-    if weights.mean_state:
-        states, means = states[:, 0], states[:, 1]
-        mean_terms = _label_terms(list_log_odds(means, rows_2D), labels_RJ, valid_RJ, weights)
+    if weights.mean_state and states.mean is not None:
+        mean_terms = _label_terms(list_log_odds(states.mean, rows_2D), labels_RJ, valid_RJ, weights)
         terms["mean_state"] = weighted_sum(mean_terms, weights)
-    odds_RJ = list_log_odds(states, rows_2D)
+    odds_RJ = list_log_odds(states.last, rows_2D)
     terms |= _label_terms(odds_RJ, labels_RJ, valid_RJ, weights)
     if taught is not None:
         taught_states, taught_rows = taught
-        teacher_RJ = list_log_odds(taught_states, taught_rows)
+        teacher_RJ = list_log_odds(taught_states.last, taught_rows)
         if weights.hidden:
-            terms["hidden"] = losses.hidden_cosine(lists(states), lists(taught_states), valid_RJ)
+            terms["hidden"] = losses.hidden_cosine(lists(states.last), lists(taught_states.last), valid_RJ)
     elif weights.needs_teacher:
         teacher_RJ = lists(batch["teacher"])
     if weights.needs_teacher:
         terms |= _distillation(odds_RJ, teacher_RJ, valid_RJ, weights)
     return terms
+
+
+def _real_tokens(batch: Batch) -> Array:
+    """Which tokens of a packed batch are some row's: bool [M]."""
+    used = jnp.concatenate([batch["prefix"].reshape(-1), batch["items"].reshape(-1)])
+    return jnp.zeros(batch["tokens"].shape[-1], bool).at[used].set(True, mode="drop")
 
 
 def weighted_sum(terms: dict[str, Array], weights: LossWeights) -> Array:
@@ -132,7 +140,7 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     teacher = None
     if settings.teacher is not None:
         path = Path(settings.teacher.checkpoint)
-        teacher = load_teacher(path, start, dtype, mesh, hidden=settings.losses.hidden > 0)
+        teacher = load_teacher(path, start, dtype, mesh, hidden=settings.losses.compares_states)
     batches = ranker_batches(
         settings.data, start.prompt, host=jax.process_index(), hosts=jax.process_count(), data=data
     )

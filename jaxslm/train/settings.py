@@ -137,6 +137,22 @@ class LossWeights(Settings):
         return bool(self.distillation or self.list_distillation)
 
 
+class RankerLosses(LossWeights):
+    """Weights of the terms of `jaxslm train ranker`.
+
+    Attributes:
+        every_state: cosine of the final states of every token to the teacher's: a target per token where `hidden` has
+            one per item, which is what a pruned model recovers by in few updates.
+    """
+
+    every_state: Weight = 0.0
+
+    @property
+    def compares_states(self) -> bool:
+        """Whether a term compares hidden states with the teacher's."""
+        return bool(self.hidden or self.every_state)
+
+
 class TeacherSettings(Settings):
     """A teacher that scores every batch on the fly. Stored scores are `data.teacher_scores` instead.
 
@@ -157,21 +173,21 @@ class RankerTraining(TrainingSettings):
 
     comparison_layer: bool = False
     data: DataSettings
-    losses: LossWeights = LossWeights()
+    losses: RankerLosses = RankerLosses()
     teacher: TeacherSettings | None = None
 
     @model_validator(mode="after")
     def _losses_have_what_they_compare_with(self) -> "RankerTraining":
         weights = self.losses
-        if not (weights.of_labels or weights.needs_teacher or weights.hidden):
+        if not (weights.of_labels or weights.needs_teacher or weights.compares_states):
             raise ValueError("losses: every weight is 0")
         stored = self.data.teacher_scores is not None
         if stored and self.teacher:
             raise ValueError("teacher and data.teacher_scores exclude one another")
         if weights.needs_teacher and not (stored or self.teacher):
             raise ValueError("losses: distillation needs [teacher] checkpoint or data.teacher_scores")
-        if weights.hidden and not self.teacher:
-            raise ValueError("losses: hidden needs [teacher] checkpoint")
-        if (stored or self.teacher) and not (weights.needs_teacher or weights.hidden):
+        if weights.compares_states and not self.teacher:
+            raise ValueError("losses: hidden and every_state need [teacher] checkpoint")
+        if (stored or self.teacher) and not (weights.needs_teacher or weights.compares_states):
             raise ValueError("losses: a teacher is given, but every weight that uses it is 0")
         return self

@@ -7,7 +7,7 @@ not depend on the number of devices that hold its parts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -178,33 +178,46 @@ class EveryToken(SharedPrefix):
         return self.attend(q, k, v)
 
 
-def item_states(decoder: Decoder, params: Params, batch: Batch, mesh: Mesh, *, mean: bool = False) -> Array:
-    """Returns the final state of each item's last token, [devices, R, J, D]; each device decodes its own part.
+class ItemStates(NamedTuple):
+    """Normed final states of a batch, each device's part by itself.
 
-    With `mean`, [devices, 2, R, J, D]: also the mean over the item's tokens (suffix included), at the cost of a whole
-    last layer.
+    Attributes:
+        last: of the items' last tokens, [devices, R, J, D].
+        mean: means over the items' tokens, suffix included, [devices, R, J, D]; None unless every token was read.
+        every: of every token, [devices, M, D]; None likewise.
     """
 
-    def local(params: Params, tokens: Array, prefix: Array, items: Array) -> Array:
+    last: Array
+    mean: Array | None = None
+    every: Array | None = None
+
+
+def item_states(decoder: Decoder, params: Params, batch: Batch, mesh: Mesh, *, every: bool = False) -> ItemStates:
+    """Returns the final states of a ranker's batch; each device decodes its own part.
+
+    Args:
+        every: read every token, at the cost of a whole last layer.
+    """
+
+    def local(params: Params, tokens: Array, prefix: Array, items: Array) -> ItemStates:
         x_MD = jnp.asarray(decoder.apply({"params": params}, tokens[0], method=Decoder.embed))
-        return decode_items(decoder, params, x_MD, prefix[0], items[0], mean=mean)[None]
+        return decode_items(decoder, params, x_MD, prefix[0], items[0], every=every)
 
     part = P(DATA)
     decode = jax.shard_map(local, mesh=mesh, in_specs=(P(), part, part, part), out_specs=part)
-    states: Array = decode(params, batch["tokens"], batch["prefix"], batch["items"])
+    states: ItemStates = decode(params, batch["tokens"], batch["prefix"], batch["items"])
     return states
 
 
 def decode_items(
-    decoder: Decoder, params: Params, x_MD: Array, prefix_RP: Array, items_RJT: Array, *, mean: bool
-) -> Array:
-    """Returns one device's `item_states` from input embeddings: [R, J, D], with `mean` [2, R, J, D]."""
-    kind = EveryToken if mean else SharedPrefix
-    layout = kind(prefix_RP, items_RJT, x_MD.shape[0])
+    decoder: Decoder, params: Params, x_MD: Array, prefix_RP: Array, items_RJT: Array, *, every: bool
+) -> ItemStates:
+    """Returns one device's part of `item_states`, from input embeddings."""
+    layout = (EveryToken if every else SharedPrefix)(prefix_RP, items_RJT, x_MD.shape[0])
     states = jnp.asarray(decoder.apply({"params": params}, x_MD, layout, method=Decoder.decode))
-    if isinstance(layout, EveryToken):
-        states = jnp.stack([layout.read_last(states), mean_of_items(states, items_RJT)])
-    return states
+    if not isinstance(layout, EveryToken):
+        return ItemStates(states[None])
+    return ItemStates(layout.read_last(states)[None], mean_of_items(states, items_RJT)[None], states[None])
 
 
 def mean_of_items(states_MD: Array, items_RJT: Array) -> Array:

@@ -12,7 +12,7 @@ from jaxslm.checkpoint import Checkpoint, load_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_rows
-from jaxslm.train.step import Batch, gather, item_states
+from jaxslm.train.step import Batch, ItemStates, gather, item_states
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class Teacher:
     label_token_ids: tuple[int, int]
     mesh: Mesh
 
-    def states(self, params: Params, batch: Batch) -> tuple[Array, Array]:
-        """Returns (states of the items' last tokens [devices, R, J, D], head rows of (no, yes) [2, D]) of a batch."""
-        states = item_states(self.decoder, gather(params, self.decoder.dtype, self.mesh), batch, self.mesh)
+    def states(self, params: Params, batch: Batch, *, every: bool = False) -> tuple[ItemStates, Array]:
+        """Returns (`item_states` of a batch, head rows of (no, yes) [2, D])."""
+        gathered = gather(params, self.decoder.dtype, self.mesh)
+        states = item_states(self.decoder, gathered, batch, self.mesh, every=every)
         return states, label_rows(params, self.label_token_ids)
 
 

@@ -38,10 +38,10 @@ def scores(config: Any, params: Any, label_ids: tuple[int, int], batch: NpBatch)
 
 
 def similarities(params: Any, batch: NpBatch) -> np.ndarray:
-    """Returns the product of the mean states of each item and its query, both without what all have in common."""
+    """Returns the cosine of the mean states of each item and its query."""
     sample = _sample(MODEL, params, PROMPT, [batch])
-    centred = [means - means.mean(axis=0) for means in (sample.queries, sample.items)]
-    return np.asarray(np.sum(centred[0] * centred[1], axis=1))
+    units = [means / np.linalg.norm(means, axis=1, keepdims=True) for means in (sample.queries, sample.items)]
+    return np.asarray(np.sum(units[0] * units[1], axis=1))
 
 
 def labelled_by_similarity(params: Any, batch: NpBatch) -> NpBatch:

@@ -17,7 +17,7 @@ from jaxslm.train import losses
 from jaxslm.train.encoder import encoder_loss
 from jaxslm.train.partition import LABEL_ROWS, join_params, split_params
 from jaxslm.train.ranker import ranker_loss
-from jaxslm.train.settings import LossWeights, OptimiserSettings
+from jaxslm.train.settings import OptimiserSettings, RankerLosses
 from jaxslm.train.step import (
     LossFn,
     init_state,
@@ -29,6 +29,7 @@ from jaxslm.train.step import (
     put_batch,
     sharding_of,
 )
+from jaxslm.train.teacher import Teacher
 from tests.tiny import tiny_config, tiny_params, tiny_ranker_config
 
 OPTIMISER = OptimiserSettings(learning_rate=1e-2, warmup_steps=2)
@@ -82,7 +83,7 @@ def train(
 
 def made_loss(mesh: Any, *, remat: bool = False, **weights: float) -> LossFn:
     decoder = Decoder(CONFIG.model, jnp.float32, remat)
-    return ranker_loss(CONFIG, decoder, LossWeights(**({"list_softmax": 1.0} | weights)), mesh, None)
+    return ranker_loss(CONFIG, decoder, RankerLosses(**({"list_softmax": 1.0} | weights)), mesh, None)
 
 
 def test_one_device_and_eight_give_the_same_losses_and_parameters() -> None:
@@ -140,7 +141,7 @@ def test_loss_is_that_of_whole_rows() -> None:
     np.testing.assert_allclose(loss, float(expected), rtol=1e-5)
 
 
-def test_mean_states_are_those_of_whole_rows() -> None:
+def test_states_of_items_are_those_of_whole_rows() -> None:
     batch = list_batch(np.random.default_rng(1))
     params, mesh = tiny_params(CONFIG.model), make_mesh(jax.devices()[:1])
     both = item_states(
@@ -148,7 +149,7 @@ def test_mean_states_are_those_of_whole_rows() -> None:
         params,
         {name: array[0] for name, array in put_batch([batch], 1, mesh).items()},
         mesh,
-        mean=True,
+        every=True,
     )
     index = np.concatenate([np.repeat(batch["prefix"], J, axis=0), batch["items"].reshape(-1, ITEM)], axis=1)
     valid = index < len(batch["tokens"])
@@ -158,8 +159,34 @@ def test_mean_states_are_those_of_whole_rows() -> None:
     of_items = np.asarray(states)[:, PREFIX:]
     lengths = valid[:, PREFIX:].sum(axis=1)
     means = (of_items * valid[:, PREFIX:, None]).sum(axis=1) / lengths[:, None]
-    np.testing.assert_allclose(both[0, 1].reshape(R * J, -1), means, atol=1e-5)
-    np.testing.assert_allclose(both[0, 0].reshape(R * J, -1), of_items[np.arange(R * J), lengths - 1], atol=1e-5)
+    assert both.mean is not None
+    assert both.every is not None
+    np.testing.assert_allclose(both.mean[0].reshape(R * J, -1), means, atol=1e-5)
+    np.testing.assert_allclose(both.last[0].reshape(R * J, -1), of_items[np.arange(R * J), lengths - 1], atol=1e-5)
+    np.testing.assert_allclose(both.every[0][index[valid]], np.asarray(states)[valid], atol=1e-5)
+
+
+def test_a_teacher_of_every_state_compares_real_tokens_alone() -> None:
+    batch = list_batch(np.random.default_rng(1))
+    student, other = tiny_params(CONFIG.model), tiny_params(CONFIG.model, seed=1)
+    mesh = make_mesh(jax.devices()[:1])
+    decoder = Decoder(CONFIG.model)
+    weights = RankerLosses(binary_cross_entropy=0.0, every_state=1.0)
+    loss_fn = ranker_loss(CONFIG, decoder, weights, mesh, Teacher(other, decoder, CONFIG.label_token_ids, mesh))
+    trainable, tables = split_params(student, CONFIG, freeze_embeddings=True)
+    micro = {name: array[0] for name, array in put_batch([batch], 1, mesh).items()}
+    loss, terms = loss_fn(trainable, {"tables": tables, "teacher": other}, micro)
+    assert terms.keys() == {"every_state"}
+    ours, theirs = (
+        np.asarray(item_states(decoder, params, micro, mesh, every=True).every)[0] for params in (student, other)
+    )
+    used = np.unique(np.concatenate([batch["prefix"].reshape(-1), batch["items"].reshape(-1)]))
+    used = used[used < len(batch["tokens"])]
+    assert len(used) < len(batch["tokens"])
+    cosines = np.sum(ours * theirs, axis=-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    np.testing.assert_allclose(loss, np.mean(1 - cosines[used]), rtol=1e-5)
+    same, _ = loss_fn(trainable, {"tables": tables, "teacher": student}, micro)
+    np.testing.assert_allclose(same, 0, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_state_alone() -> None:
