@@ -85,6 +85,7 @@ def convert(
     ] = None,
     instruction: Annotated[str | None, typer.Option(help="What relevance means, in a sentence.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest row; item bodies are cut to keep it.")] = None,
+    max_item_tokens: Annotated[int | None, typer.Option(help="Most tokens of an item, behind any query.")] = None,
     labels: Annotated[
         tuple[str, str] | None, typer.Option(metavar="NO YES", help="Answer words, one token each; by default no, yes.")
     ] = None,
@@ -95,7 +96,15 @@ def convert(
     """
     from jaxslm.convert import convert as run
 
-    manifest = run(source, out, template=prompt, instruction=instruction, max_tokens=max_tokens, labels=labels)
+    manifest = run(
+        source,
+        out,
+        template=prompt,
+        instruction=instruction,
+        max_tokens=max_tokens,
+        max_item_tokens=max_item_tokens,
+        labels=labels,
+    )
     _answer({"checkpoint": str(out), "source": manifest.source, "params_sha256": manifest.params_sha256})
 
 

@@ -87,12 +87,15 @@ class PromptConfig(Settings):
             "brief" (hardly a word per item, for models that are trained to read it).
         instruction: what relevance means here, in a sentence.
         max_tokens: longest row in tokens; only the item's body is cut to keep it.
+        max_item_tokens: most tokens of an item, title and text, however much room its row has: what a ranker is trained
+            on is then what it reads behind queries of any length. No limit but the row's if None.
         labels: the words for (no, yes), each one token of the tokenizer; the template's own if None.
     """
 
     template: TemplateName
     instruction: NonEmpty = "Given a web search query, retrieve relevant passages that answer the query"
     max_tokens: Annotated[int, Field(ge=32)] = 2048
+    max_item_tokens: Positive | None = None
     labels: Annotated[tuple[NonEmpty, NonEmpty], Field(strict=False)] | None = None
 
 

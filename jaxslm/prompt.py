@@ -132,7 +132,8 @@ class Prompt:
     @cached_property
     def sha256(self) -> str:
         """Hash of everything in the prompt that can change a row: template words, settings and label ids."""
-        parts = (vars(self.template), self.config.model_dump(), self.label_token_ids)
+        unset = {"max_item_tokens"} if self.config.max_item_tokens is None else set()  # so older prompts keep their hash
+        parts = (vars(self.template), self.config.model_dump(exclude=unset), self.label_token_ids)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def encode(self, query: str, items: Sequence[str | Item], max_item_tokens: int | None = None) -> EncodedRequest:
@@ -142,7 +143,8 @@ class Prompt:
             query: the searcher's words. Never cut.
             items: texts, or items whose title stands in front of the text; a title alone counts as text. Only text is
                 cut.
-            max_item_tokens: the most tokens of an item, title and text; what the row has room for if None.
+            max_item_tokens: the most tokens of an item, title and text, if fewer than the prompt's `max_item_tokens`
+                and than the row has room for.
 
         Raises:
             InputError: an empty query, no items, an item without text, or no room for an item's body.
@@ -155,8 +157,8 @@ class Prompt:
         body_ids = self._ids(self._text_tokenizer, bodies, self.template.after_item)
         after_item_ids = self._ids(self._text_tokenizer, [self.template.after_item])[0]
         room = self.config.max_tokens - len(prefix_ids) - len(self.suffix_ids)
-        if max_item_tokens is not None:
-            room = min(room, max_item_tokens + len(after_item_ids))
+        limits = [limit for limit in (self.config.max_item_tokens, max_item_tokens) if limit is not None]
+        room = min([room, *(limit + len(after_item_ids) for limit in limits)])
         room_if_cut = room - len(after_item_ids)
         if room_if_cut < 1:
             raise InputError(

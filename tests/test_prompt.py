@@ -185,6 +185,7 @@ def test_the_hash_changes_with_anything_that_changes_rows() -> None:
         prompt("yes-no"),
         prompt(instruction="Given a job search, find postings"),
         prompt(max_tokens=1024),
+        prompt(max_item_tokens=16),
     ]
     assert len({variant.sha256 for variant in variants}) == len(variants)
     assert Prompt(tiny_tokenizer_json(), PromptConfig(template="yes-no")).sha256 == prompt("yes-no").sha256
@@ -212,6 +213,8 @@ def test_items_can_be_cut_shorter_than_the_row_allows() -> None:
     cut = qwen.encode("python", ["a job " * 20, "b"], max_item_tokens=7)
     assert cut.truncated == [True, False]
     assert cut.item_ids == [whole.item_ids[0][:7] + qwen.suffix_ids, whole.item_ids[1]]
+    assert prompt(max_item_tokens=7).encode("python", ["a job " * 20, "b"]) == cut
+    assert prompt(max_item_tokens=7).encode("python", ["a job " * 20, "b"], max_item_tokens=9) == cut
 
 
 def test_prompts_that_others_built_keep_their_control_tokens() -> None:

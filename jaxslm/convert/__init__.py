@@ -19,6 +19,7 @@ def convert(
     template: TemplateName | None = None,
     instruction: str | None = None,
     max_tokens: int | None = None,
+    max_item_tokens: int | None = None,
     labels: tuple[str, str] | None = None,
 ) -> Manifest:
     """Makes a checkpoint from a Hugging Face folder, a hub id or a .gguf file; returns its manifest.
@@ -26,7 +27,7 @@ def convert(
     Args:
         source: a folder, a file that ends in .gguf, or `owner/name` of the Hugging Face hub.
         template: by default the Qwen3-Reranker prompt for the qwen3 family, else the plain yes/no prompt.
-        instruction, max_tokens, labels: of the prompt; see `PromptConfig`.
+        instruction, max_tokens, max_item_tokens, labels: of the prompt; see `PromptConfig`.
 
     Raises:
         InputError: `out` exists, or the source is missing, damaged or of a kind that is not supported.
@@ -51,6 +52,7 @@ def convert(
         "template": template or ("qwen3-reranker" if model.family == "qwen3" else "yes-no"),
         "instruction": instruction,
         "max_tokens": max_tokens,
+        "max_item_tokens": max_item_tokens,
         "labels": labels,
     }
     settings = {name: value for name, value in settings.items() if value is not None}

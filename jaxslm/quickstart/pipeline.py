@@ -208,6 +208,7 @@ class _Pipeline:
             template=prompt.template,
             instruction=prompt.instruction,
             max_tokens=prompt.max_tokens,
+            max_item_tokens=prompt.max_item_tokens,
         )
         print_card(describe(self.start))
 

@@ -85,7 +85,7 @@ def add_comparison_layer(
     sample = _sample(model, params, prompt, batches)
     layer, direction_D = _layer(model, sample)
     taller, grown = _put_on_top(model, params, layer)
-    difference_D = _label_difference(taller, grown, direction_D, batches)
+    difference_D = _label_difference(taller, grown, direction_D, sample, batches)
     labels = jnp.asarray(config.label_token_ids)
     middle_D = np.asarray(label_rows(params, config.label_token_ids)).mean(axis=0)
     rows_2D = jnp.asarray(np.stack([middle_D - difference_D / 2, middle_D + difference_D / 2]), jnp.float32)
@@ -170,7 +170,7 @@ def _layer(model: ModelConfig, sample: _Sample) -> tuple[Params, np.ndarray]:
     query_DX, item_DX, sum_D = room_DD[:, :pooled], room_DD[:, pooled : 2 * pooled], room_DD[:, 2 * pooled]
     values_DX = _principal_directions(sample, pooled)
 
-    answer_probe = _to_one(sample.answers)
+    answer_probe = _ridge(sample.answers, np.ones(len(sample.answers)))
     query_probe, item_probe = (_probe(sample, role) * np.sqrt(H) for role in (0, 1))
     slow, slow_too = H // 2 - 1, H - 1  # one pair of RoPE: it turns by less than a thousandth per token
     w_q, w_k = random.normal(0, UNUSED_SCALE, (D, K, G, H)), np.zeros((D, K, H))
@@ -224,11 +224,17 @@ def _probe(sample: _Sample, role: int) -> np.ndarray:
     return w_D
 
 
-def _to_one(states_ND: np.ndarray) -> np.ndarray:
-    """The ridge least-squares vector [D] with state . vector = 1 for these states."""
+def _ridge(states_ND: np.ndarray, values_N: np.ndarray) -> np.ndarray:
+    """The ridge least-squares vector [D] with state . vector = value for these states."""
     gram_DD = states_ND.T @ states_ND
     damping_DD = RIDGE * np.trace(gram_DD) / len(gram_DD) * np.eye(len(gram_DD))
-    return np.linalg.solve(gram_DD + damping_DD, states_ND.sum(axis=0))
+    solved: np.ndarray = np.linalg.solve(gram_DD + damping_DD, states_ND.T @ values_N)
+    return solved
+
+
+def _units(states_ND: np.ndarray) -> np.ndarray:
+    units: np.ndarray = states_ND / np.linalg.norm(states_ND, axis=1, keepdims=True)
+    return units
 
 
 def _principal_directions(sample: _Sample, count: int) -> np.ndarray:
@@ -236,16 +242,19 @@ def _principal_directions(sample: _Sample, count: int) -> np.ndarray:
 
     What is shared says nothing of an item, but a cosine is of whole vectors: without it the order is another.
     """
-    units = np.concatenate(
-        [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (sample.queries, sample.items)]
-    )
+    units = np.concatenate([_units(sample.queries), _units(sample.items)])
     return np.linalg.eigh(units.T @ units)[1][:, ::-1][:, :count]
 
 
 def _label_difference(
-    model: ModelConfig, params: Params, direction_D: np.ndarray, batches: Sequence[NpBatch]
+    model: ModelConfig, params: Params, direction_D: np.ndarray, sample: _Sample, batches: Sequence[NpBatch]
 ) -> np.ndarray:
-    """Returns w_yes - w_no: along the similarity, at the scale of least list loss, with a mean of START_LOG_ODDS."""
+    """Returns w_yes - w_no, for log-odds as near as may be to the cosine of the pooled states.
+
+    The stream's similarity strays from the cosine with the norms of what else stands in the stream, and a linear map of
+    the final state knows them: a ridge regression from the direction alone. The cosine's scale is that of least list
+    loss, its offset gives a mean of START_LOG_ODDS.
+    """
     decoder = Decoder(model)
 
     @jax.jit
@@ -256,13 +265,17 @@ def _label_difference(
     states_RJD = np.concatenate(
         [np.asarray(read(params, each["tokens"], each["prefix"], each["items"]), np.float64) for each in batches]
     )
-    labels_RJ, valid_RJ = (jnp.concatenate([each[name] for each in batches]) for name in ("labels", "valid"))
-    similarity_RJ = jnp.asarray(states_RJD @ direction_D, jnp.float32)
-    scales = np.geomspace(1e-2, 1e2, 41)
-    list_losses = [float(list_softmax(scale * similarity_RJ, labels_RJ, valid_RJ)) for scale in scales]
-    scale = scales[np.argmin(list_losses)]
-    states_ND = states_RJD[np.asarray(valid_RJ)]
-    offset_D = _to_one(states_ND)
-    mean = scale * np.mean(states_ND @ direction_D)
-    difference_D: np.ndarray = scale * direction_D + (START_LOG_ODDS - mean) * offset_D
+    labels_RJ, valid_RJ = (np.concatenate([each[name] for each in batches]) for name in ("labels", "valid"))
+    cosine_RJ = np.zeros(valid_RJ.shape, np.float32)
+    cosine_RJ[valid_RJ] = cosines = np.sum(_units(sample.queries) * _units(sample.items), axis=1)
+    scales = np.geomspace(1, 100, 41)
+    losses = [
+        float(list_softmax(jnp.asarray(scale * cosine_RJ), jnp.asarray(labels_RJ), jnp.asarray(valid_RJ)))
+        for scale in scales
+    ]
+    wanted_N = START_LOG_ODDS + scales[np.argmin(losses)] * (cosines - cosines.mean())
+    states_ND = states_RJD[valid_RJ]
+    similarity_N = states_ND @ direction_D
+    slope = np.cov(similarity_N, wanted_N)[0, 1] / np.var(similarity_N)
+    difference_D: np.ndarray = slope * direction_D + _ridge(states_ND, wanted_N - slope * similarity_N)
     return difference_D

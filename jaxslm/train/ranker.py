@@ -173,15 +173,16 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     return run(task, settings, out)
 
 
-COMPARISON_LISTS = 48
-"""Lists that the comparison layer is set from."""
+COMPARISON_ITEMS = 640
+"""Items that the comparison layer is set from; it has no more than about width unknowns a fit."""
 
 
 def _with_comparison_layer(start: Checkpoint, settings: RankerTraining, data: TrainingData, mesh: Mesh) -> Checkpoint:
     """The start with `add_comparison_layer`, from the first lists of the first host's order."""
     chosen = settings.data.model_copy(update={"workers": 0})
     batches = ranker_batches(chosen, start.prompt, data=data)
-    sample = list(itertools.islice(batches, -(-COMPARISON_LISTS // settings.data.lists_per_batch)))
+    in_a_batch = settings.data.lists_per_batch * settings.data.items_per_list
+    sample = list(itertools.islice(batches, -(-COMPARISON_ITEMS // in_a_batch)))
     local = jax.tree.map(lambda leaf: leaf.addressable_data(0), start.params)
     with console().status("setting the comparison layer"):
         model, params = add_comparison_layer(start.config, local, start.prompt, sample)
