@@ -1,6 +1,7 @@
 """Every kernel compiles for an H200, keeps its values in registers and fits shared memory; so does the scoring step."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def test_kernels_compile_without_spills(
     kernels = compiled_kernels(
         tmp_path, monkeypatch, lambda *arguments: spec.run(*arguments, implementation=MOSAIC_GPU), *spec.make(0)
     )
-    record_property("kernels", kernels)
+    record_property("kernels", list(map(asdict, kernels)))
     print(kernels)
     (kernel,) = kernels
     assert kernel.spilled_bytes == 0
