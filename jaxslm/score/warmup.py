@@ -4,8 +4,10 @@ After `warm_up` no shape is left to compile, so `compilations()` must not grow a
 """
 
 import gc
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -20,10 +22,13 @@ from jaxslm.score.compiled import Batch, CompiledScorer, make_score_fn
 
 
 class _CompilationCounter:
-    count = 0
+    def __init__(self) -> None:
+        self.count = 0
+        self.uncounted_thread: int | None = None
 
     def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
+        if threading.get_ident() != self.uncounted_thread:
+            self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
 _counter = _CompilationCounter()
@@ -33,6 +38,19 @@ jax.monitoring.register_event_duration_secs_listener(_counter)
 def compilations() -> int:
     """Returns how many programs XLA has compiled or taken from the compilation cache since this module was imported."""
     return _counter.count
+
+
+@contextmanager
+def uncounted_compilations() -> Iterator[None]:
+    """Leaves out of `compilations` what this thread compiles meanwhile: a model made ready beside the one in service.
+
+    One thread at a time; programs that other threads compile meanwhile are counted.
+    """
+    _counter.uncounted_thread = threading.get_ident()
+    try:
+        yield
+    finally:
+        _counter.uncounted_thread = None
 
 
 def warm_up(scorer: CompiledScorer, done: Callable[[int, int], None] | None = None) -> float:

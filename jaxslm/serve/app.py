@@ -33,6 +33,8 @@ from jaxslm.serve.schemas import (
     HealthResponse,
     PutItemsRequest,
     PutItemsResponse,
+    ReloadRequest,
+    ReloadResponse,
     RerankRequest,
     RerankResponse,
     ScoreRequest,
@@ -43,7 +45,7 @@ from jaxslm.serve.settings import ServeSettings
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
-ADMIN_PATHS = frozenset({"/v1/items"})
+ADMIN_PATHS = frozenset({"/v1/items", "/v1/reload"})
 MAX_HEAD_BYTES = 16 * 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_DEADLINE_DIGITS = re.compile(r"[0-9]{1,9}")
@@ -81,12 +83,14 @@ class Gate:
             self.service.engine.metrics.cancelled.inc()
             status = 499
         except ApiError as error:
+            call.refusal = error.kind
             await error_response(error, call.request_id)(scope, receive, send_with_headers)
             self.service.engine.metrics.rejected.labels(error.kind).inc()
         except Exception:  # the answer must tell nothing of what went wrong inside; the log does
             logger.exception("unexpected error", extra={"fields": {"request_id": call.request_id}})
+            failure = ApiError(500, "internal_error", "an error inside the server; its log has the request's id")
+            call.refusal = failure.kind
             if not status:
-                failure = ApiError(500, "internal_error", "an error inside the server; its log has the request's id")
                 await error_response(failure, call.request_id)(scope, receive, send_with_headers)
         finally:
             self._record(scope, call, status)
@@ -141,6 +145,9 @@ class Gate:
             "device_ms": round(1000 * call.device_s, 2),
         }
         logger.info("request", extra={"fields": fields})
+        tracer = self.service.engine.tracer
+        if tracer is not None:
+            tracer.record(call, scope["method"], status, Headers(scope=scope))
 
 
 def _milliseconds(seconds: float) -> str:
@@ -203,6 +210,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         403: "a key that does not suffice",
         404: "an item id without usable vectors",
         408: "the body took too long",
+        409: "another reload is running",
         413: "too many items or bytes",
         415: "not application/json",
         422: "against the schema",
@@ -211,7 +219,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         504: "not scored by its deadline",
     }.items()
 }
-_BODIES = (ScoreRequest, RerankRequest, PutItemsRequest, DeleteItemsRequest)
+_BODIES = (ScoreRequest, RerankRequest, PutItemsRequest, DeleteItemsRequest, ReloadRequest)
 
 
 def create_app(engine: Engine) -> FastAPI:
@@ -228,9 +236,9 @@ def create_app(engine: Engine) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.state.service = service
     _add_scoring(app, service)
-    _add_items(app, service)
+    _add_admin(app, service)
     _add_operations(app, engine)
-    add_page(app, engine.settings, has_store=engine.catalogue is not None)
+    add_page(app, engine)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -310,7 +318,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         _add(app, "POST", path, rerank_route(return_documents=path != "/v2/rerank"), RerankRequest, RerankResponse)
 
 
-def _add_items(app: FastAPI, service: Service) -> None:
+def _add_admin(app: FastAPI, service: Service) -> None:
     async def put_items(request: Request) -> Response:
         """Encodes and stores items. Needs the admin key."""
         with service.admitted():
@@ -323,6 +331,13 @@ def _add_items(app: FastAPI, service: Service) -> None:
             parse = parser(DeleteItemsRequest, await read_body(request, service.settings))
             return _answer(await service.delete_items(request.state.call, parse))
 
+    async def reload(request: Request) -> Response:
+        """Puts another checkpoint into service. Needs the admin key."""
+        with service.admitted(queues=False):
+            parse = parser(ReloadRequest, await read_body(request, service.settings))
+            return _answer(await service.reload(parse))
+
+    _add(app, "POST", "/v1/reload", reload, ReloadRequest, ReloadResponse)
     _add(app, "PUT", "/v1/items", put_items, PutItemsRequest, PutItemsResponse)
     _add(app, "DELETE", "/v1/items", delete_items, DeleteItemsRequest, DeleteItemsResponse)
 

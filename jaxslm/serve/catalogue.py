@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxslm.compress.catalogue import Summary, encode_catalogue
 from jaxslm.compress.encoder import ItemEncoder
 from jaxslm.data_files import Item
-from jaxslm.items.lookup import ItemVectors, Lookup
+from jaxslm.items.lookup import ItemVectors, Lookup, Status
 from jaxslm.items.record import StorageDtype
 from jaxslm.items.store import Store
 from jaxslm.serve.metrics import Metrics
@@ -34,6 +34,7 @@ class Catalogue:
         """Drops what is stored under these ids; returns how many there were."""
         return self._store.delete(ids)
 
-    def close(self) -> None:
-        """Closes the store."""
-        self._store.close()
+    def sample(self, number: int) -> dict[Status, int]:
+        """Returns how many of the first `number` records of the store have each status: what a reload did to them."""
+        ids = [item_id for item_id, _ in zip(self._store.ids(), range(number), strict=False)]
+        return self._vectors.get(ids).counts

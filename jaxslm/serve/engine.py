@@ -1,81 +1,76 @@
-"""The parts of a server, put together: ranker, batcher, health, item store, score cache."""
+"""The parts of a server, put together: the model in service, health, item store, score cache; and its replacement."""
 
+import asyncio
 import logging
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
+import jax
 
-from jaxslm.checkpoint import load_checkpoint
-from jaxslm.compress.encoder import ItemEncoder, load_encoder
-from jaxslm.config import BucketConfig, load_toml
+from jaxslm.checkpoint import load_manifest
+from jaxslm.errors import InputError
 from jaxslm.items.store import open_store
-from jaxslm.score.packing import PackRequest
 from jaxslm.score.parallel import scoring_devices
-from jaxslm.score.scorer import Ranker
-from jaxslm.serve.batcher import Batcher
-from jaxslm.serve.buckets import PASS_TOKENS, serving_buckets
+from jaxslm.score.warmup import uncounted_compilations
+from jaxslm.serve.batcher import DeadlineError, DeviceError
 from jaxslm.serve.cache import open_cache
-from jaxslm.serve.catalogue import Catalogue
+from jaxslm.serve.errors import ApiError, invalid
 from jaxslm.serve.health import Health
 from jaxslm.serve.metrics import Metrics
-from jaxslm.serve.prepare import Preparer
+from jaxslm.serve.served import ServedModel
 from jaxslm.serve.settings import Keys, ServeSettings
+from jaxslm.serve.tracing import Tracer, open_tracer
 
-WARM_UP_SEED = 0
+POLL_S = 0.02
+"""How often a replaced model is asked whether requests still hold it."""
 
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """One checkpoint, ready to be warmed up and served.
+    """What a server needs, ready to be warmed up.
 
     Attributes:
-        ranker, batcher, health, metrics, preparer: see their classes.
-        catalogue: the item store, if the settings name one. cache: the score cache, likewise.
+        model: the checkpoint in service; take it with `using`, as a reload replaces it.
+        health, metrics: see their classes. store, cache, tracer: None unless the settings name one.
     """
 
     def __init__(self, settings: ServeSettings, keys: Keys) -> None:
-        """Loads the checkpoint and opens store and cache.
+        """Loads the checkpoint and opens store, cache and tracer.
 
         Raises:
-            InputError: the checkpoint, the buckets or a URL breaks a rule, or a store is given to a checkpoint without
-                compressor.
+            InputError: the checkpoint, the buckets or a URL breaks a rule, a store is given to a checkpoint without
+                compressor, or tracing to an installation without OpenTelemetry.
             StoreUnavailable: store or cache does not answer.
         """
         self.settings, self.keys = settings, keys
         self.metrics = Metrics()
-        checkpoint = load_checkpoint(Path(settings.model))
-        devices = scoring_devices()
-        platform = devices[0].platform
-        if settings.buckets is not None:
-            buckets = load_toml(Path(settings.buckets), BucketConfig)
-        else:
-            buckets = serving_buckets(checkpoint.config, platform, checkpoint.manifest.compressor)
-        self.ranker = Ranker(checkpoint, devices=devices, buckets=buckets)
-        max_batch_tokens = settings.max_batch_tokens or PASS_TOKENS[platform][-1] * len(devices)
-        self.batcher = Batcher(self.ranker.scorer, self.metrics, max_batch_tokens, settings.max_wait_ms / 1000)
-        self.health = Health(self.batcher, settings.watchdog_s, settings.stall_s)
-        self.catalogue: Catalogue | None = None
-        if settings.store is not None:
-            self.catalogue = self._open_catalogue(settings.store, load_encoder(settings.model))
+        self.tracer: Tracer | None = None if settings.tracing is None else open_tracer(settings.tracing)
+        load_manifest(Path(settings.model))  # no store is made for a wrong path
         self.cache = None if settings.cache is None else open_cache(settings.cache)
-        self.preparer = Preparer(self.ranker, self.metrics, settings.max_items, self.catalogue, self.cache)
+        # Without an admin key nothing can be written, and then nothing need be.
+        self._writes = keys.admin is not None
+        self.store = None if settings.store is None else open_store(settings.store, read_only=not self._writes)
+        self._path = settings.model
+        self.model = self._load(settings.model)
+        self.health = Health(self.model.batcher, settings.watchdog_s, settings.stall_s)
+        self._reloading = False
         self._watch()
 
-    def _open_catalogue(self, url: str, encoder: ItemEncoder) -> Catalogue:
-        # Without an admin key nothing can be written, and then nothing need be.
-        store = open_store(url, read_only=self.keys.admin is None)
-        return Catalogue(store, encoder, self.settings.store_dtype, self.metrics)
+    def _load(self, path: str) -> ServedModel:
+        return ServedModel(path, self.settings, self.metrics, scoring_devices(), self.store, self.cache)
 
     def _watch(self) -> None:
-        batcher, health = self.batcher, self.health
-        watch = self.metrics.watch
+        health, watch = self.health, self.metrics.watch
         watch("ready", "Whether requests are welcome.", lambda: float(health.status == "ready"))
         watch("compilations_after_ready", "Programs compiled while serving.", lambda: float(health.compilations))
-        watch("queued_tokens", "Tokens that wait for the device.", lambda: float(batcher.queued_tokens))
-        watch("running_batches", "Batches on the device or next.", lambda: float(batcher.running_batches))
-        watch("tokens_per_second", "Speed of the device of late.", lambda: batcher.tokens_per_s or 0.0)
+        watch("queued_tokens", "Tokens that wait for the device.", lambda: float(self.model.batcher.queued_tokens))
+        watch("running_batches", "Batches on the device or next.", lambda: float(self.model.batcher.running_batches))
+        watch("tokens_per_second", "Speed of the device of late.", lambda: self.model.batcher.tokens_per_s or 0.0)
 
     def warm_up(self) -> None:
         """Compiles everything that serving runs, scores a full batch, and says that the server is ready."""
@@ -84,24 +79,81 @@ class Engine:
         def log(done: int, total: int) -> None:
             logger.info("compiled", extra={"fields": {"done": done, "buckets": total}})
 
-        if self.catalogue is not None and self.keys.admin is not None:
-            self.catalogue.encoder.warm_up()
-        self.ranker.warm_up(log)
-        self.batcher.start()
-        request = self._full_request()
-        self.batcher.submit(request, time.monotonic() + self.settings.stall_s).future.result()
+        self.model.warm_up(encodes=self._writes, done=log)
         self.health.ready()
         logger.info("ready", extra={"fields": {"warm_up_s": round(time.monotonic() - start, 3)}})
 
-    def _full_request(self) -> PackRequest:
-        """A request that fills a batch, so that the speed of the device is known before the first one comes."""
-        vocab_size = self.ranker.config.model.vocab_size
-        number = max(1, self.batcher.max_batch_tokens // 32)
-        ids = np.random.default_rng(WARM_UP_SEED).integers(vocab_size, size=(number, 16)).tolist()
-        return PackRequest(ids[0], ids)
+    @contextmanager
+    def using(self) -> Iterator[ServedModel]:
+        """Yields the model in service, which stays alive meanwhile. Only on the event loop."""
+        model = self.model
+        model.users += 1
+        try:
+            yield model
+        finally:
+            model.users -= 1
+
+    async def reload(self, path: str | None) -> ServedModel:
+        """Puts another checkpoint into service and returns it when the one before it has ended.
+
+        It is loaded, compiled and tried beside the one in service, which scores meanwhile; requests that have begun end
+        with the one that they began with. If anything fails, nothing has changed.
+
+        Args:
+            path: the checkpoint's folder; the one that was loaded last if None.
+
+        Raises:
+            ApiError: 409 while another reload runs, 400 if the checkpoint cannot be served, 503 if the device fails.
+        """
+        if self._reloading:
+            raise ApiError(409, "reload_in_progress", "another reload is running")
+        self._reloading = True
+        folder = path or self._path
+        try:
+            new = await asyncio.wrap_future(self._prepare(folder))
+            # No await between these: whoever asks for the model gets the old one or the new one, and its health.
+            old, self.model, self._path = self.model, new, folder
+            self.health.batcher = new.batcher
+            logger.info("reloaded", extra={"fields": {"model": new.name}})
+            while old.users:
+                await asyncio.sleep(POLL_S)
+            await asyncio.to_thread(old.stop)
+            return new
+        except InputError as error:
+            # The message names the folder as it was given. Files below it say what is wrong; where it is says nothing.
+            raise invalid(str(error).replace(str(Path(folder)), "model"), "model") from None
+        except OSError as error:
+            raise invalid(f"model: cannot be read ({error.strerror})", "model") from None
+        except (DeviceError, DeadlineError, jax.errors.JaxRuntimeError):
+            logger.exception("reload failed")
+            raise ApiError(503, "reload_failed", "the device failed with the new checkpoint") from None
+        finally:
+            self._reloading = False
+
+    def _prepare(self, path: str) -> Future[ServedModel]:
+        """Loads and warms a model up in a thread that the process does not wait for when it is told to end."""
+        future: Future[ServedModel] = Future()
+
+        def work() -> None:
+            try:
+                with uncounted_compilations():
+                    model = self._load(path)
+                    try:
+                        model.warm_up(encodes=self._writes)
+                    except BaseException:
+                        model.stop()
+                        raise
+                future.set_result(model)
+            except Exception as error:  # whoever waits for the future gets it
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="reload", daemon=True).start()
+        return future
 
     def close(self) -> None:
-        """Scores what waits and closes the store."""
-        self.batcher.stop()
-        if self.catalogue is not None:
-            self.catalogue.close()
+        """Scores what waits, sends the last spans and closes the store."""
+        self.model.stop()
+        if self.tracer is not None:
+            self.tracer.close()
+        if self.store is not None:
+            self.store.close()

@@ -21,6 +21,7 @@ class Metrics:
         self.tokens = self._counter("prompt_tokens", "Tokens that the device read, prefixes included.")
         self.places = self._counter("token_places", "Token places of the passes, padding included.")
         self.passes = self._counter("bucket_passes", "Forward passes by compiled shape.", "bucket")
+        self.reloads = self._counter("reloads", "Checkpoints asked to be put into service.", "result")
         self.busy_s = self._counter("device_busy_seconds", "Time in which the device had a batch.")
         self.lookups = self._counter("item_lookups", "Items asked of the store.", "result")
         self.cache = self._counter("score_cache", "Items asked of the score cache.", "result")

@@ -91,7 +91,9 @@ class Preparer:
     ) -> None:
         self._ranker, self._metrics, self._max_items = ranker, metrics, max_items
         self._catalogue, self._cache = catalogue, cache
-        self._model = f"{ranker.manifest.params_sha256} {ranker.manifest.template_sha256} {ranker.dtype}"
+        # All that a score depends on, beside query and item: weights, prompt, and how they are used.
+        identity = ranker.manifest.model_dump_json(include={"params_sha256", "template_sha256", "ranker", "compressor"})
+        self._model = f"{identity} {ranker.dtype}"
         buckets = ranker.scorer.buckets.buckets
         self._ks = sorted({bucket.vectors_per_item for bucket in buckets} - {0})
 

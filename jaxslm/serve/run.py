@@ -16,7 +16,7 @@ from jaxslm.serve.engine import Engine
 from jaxslm.serve.errors import ApiError, error_body
 from jaxslm.serve.logs import log_to_stderr
 from jaxslm.serve.service import Service
-from jaxslm.serve.settings import ServeSettings, read_keys
+from jaxslm.serve.settings import Keys, ServeSettings, read_keys
 
 ANSWER_S = 1.0
 """A request that is too slow gets its answer before the connection is cut."""
@@ -129,10 +129,9 @@ def serve(settings: ServeSettings) -> dict[str, Any]:
     log_to_stderr()
     keys = read_keys(settings.keys_file)
     engine = Engine(settings, keys)
-    if not keys.api and not _is_loopback(settings.host):
-        logger.warning("no API keys: anyone who reaches %s may score", settings.host)
+    warn_if_open(keys, settings.host)
     server = Server(engine)
-    logger.info("listening", extra={"fields": {"url": server.url, "model": settings.name}})
+    logger.info("listening", extra={"fields": {"url": server.url, "model": engine.model.name}})
     start = time.monotonic()
     server.serve_until_signal()
     if engine.health.state == "failed":
@@ -144,6 +143,12 @@ def serve(settings: ServeSettings) -> dict[str, Any]:
         if sample.name.endswith("_total")
     )
     return {"url": server.url, "requests": int(requests), "seconds": round(time.monotonic() - start, 3)}
+
+
+def warn_if_open(keys: Keys, host: str) -> None:
+    """Logs a warning if scores need no key and `host` is an address that other machines reach."""
+    if not keys.api and not _is_loopback(host):
+        logger.warning("no API keys: anyone who reaches %s may score", host)
 
 
 def _is_loopback(host: str) -> bool:

@@ -202,6 +202,27 @@ class DeleteItemsResponse(BaseModel):
     deleted: int
 
 
+class ReloadRequest(Body):
+    """A checkpoint to put into service."""
+
+    model: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="folder on the server's machine; the one that was loaded last if null"
+    )
+
+
+class ReloadResponse(BaseModel):
+    """The checkpoint that is in service now.
+
+    A checkpoint with other weights makes the store's records stale. `stored_items` says so of the first 100: how many
+    have each status.
+    """
+
+    model: str
+    params_sha256: str
+    seconds: float
+    stored_items: dict[str, int] | None = Field(None, description="null without a store")
+
+
 class HealthResponse(BaseModel):
     """State of the server: "ready", or why it is not."""
 

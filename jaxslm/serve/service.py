@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +15,8 @@ from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
 from jaxslm.score.scorer import Scores
-from jaxslm.serve.batcher import DeadlineError, DeviceError, Job
+from jaxslm.serve.batcher import Batcher, DeadlineError, DeviceError, Job
+from jaxslm.serve.catalogue import Catalogue
 from jaxslm.serve.engine import Engine
 from jaxslm.serve.errors import ApiError, invalid
 from jaxslm.serve.prepare import Prepared
@@ -25,6 +27,8 @@ from jaxslm.serve.schemas import (
     FailedItems,
     PutItemsRequest,
     PutItemsResponse,
+    ReloadRequest,
+    ReloadResponse,
     RerankDocument,
     RerankRequest,
     RerankResponse,
@@ -33,10 +37,14 @@ from jaxslm.serve.schemas import (
     ScoreResponse,
     ScoreUsage,
 )
+from jaxslm.serve.served import ServedModel
 
 Result = TypeVar("Result")
 Disconnected = Callable[[], Awaitable[None]]
 """Returns when the client has gone."""
+
+SAMPLED_ITEMS = 100
+"""Records of the store that a reload looks at."""
 
 ADMITTED_SHARE = 0.8
 """A request is admitted if by the speed of late it is scored in this share of the time that it has."""
@@ -52,12 +60,14 @@ class Call:
 
     Attributes:
         route: the path as it is documented, for metrics. deadline, received: `time.monotonic()`.
+        refusal: the reason, if the answer is one.
     """
 
     request_id: str
     received: float
     deadline: float
     route: str = "unknown"
+    refusal: str | None = None
     items: int = 0
     tokens: int = 0
     tokenise_s: float = 0.0
@@ -68,7 +78,7 @@ class Call:
 
 
 class Service:
-    """One ranker behind admission control. Methods raise ApiError, and ClientGoneError if nobody waits any more."""
+    """The model in service behind admission control. Methods raise ApiError, or ClientGoneError if nobody waits."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -87,40 +97,39 @@ class Service:
 
     async def score(self, call: Call, parse: Callable[[], ScoreRequest], gone: Disconnected) -> ScoreResponse:
         """Answers `/v1/score`. `parse` checks the body, off the event loop."""
-        labels = self.engine.ranker.label_token_ids
+        with self.engine.using() as model:
 
-        def prepare() -> tuple[ScoreRequest, Prepared]:
-            body = parse()
-            _check_labels(body, labels)
-            return body, self.engine.preparer.score(body)
+            def prepare() -> tuple[ScoreRequest, Prepared]:
+                body = parse()
+                _check_labels(body, model.ranker.label_token_ids)
+                return body, model.preparer.score(body)
 
-        body, prepared = await self._run(call, prepare, gone)
-        return self._score_response(body, prepared)
+            body, prepared = await self._run(model.batcher, call, prepare, gone)
+            return _score_response(model, body, prepared)
 
     async def rerank(
         self, call: Call, parse: Callable[[], RerankRequest], gone: Disconnected, *, return_documents: bool
     ) -> RerankResponse:
         """Answers the rerank routes. `return_documents`: where the body does not say."""
 
-        def prepare() -> tuple[RerankRequest, Prepared]:
-            body = parse()
-            query = body.query if isinstance(body.query, str) else body.query.text
-            documents = [body.documents] if isinstance(body.documents, str) else body.documents
-            items = [each if isinstance(each, str) else _item(each) for each in documents]
-            if not items:
-                raise invalid("documents: at least one is needed", "documents")
-            return body, self.engine.preparer.rerank(query, items, body.max_tokens_per_doc or None)
+        with self.engine.using() as model:
 
-        body, prepared = await self._run(call, prepare, gone)
-        return self._rerank_response(call, body, prepared, return_documents)
+            def prepare() -> tuple[RerankRequest, Prepared]:
+                body = parse()
+                query = body.query if isinstance(body.query, str) else body.query.text
+                documents = [body.documents] if isinstance(body.documents, str) else body.documents
+                items = [each if isinstance(each, str) else _item(each) for each in documents]
+                if not items:
+                    raise invalid("documents: at least one is needed", "documents")
+                return body, model.preparer.rerank(query, items, body.max_tokens_per_doc or None)
+
+            body, prepared = await self._run(model.batcher, call, prepare, gone)
+            return _rerank_response(model, call, body, prepared, return_documents)
 
     async def put_items(self, call: Call, parse: Callable[[], PutItemsRequest]) -> PutItemsResponse:
         """Answers `PUT /v1/items`."""
-        catalogue = self.engine.catalogue
-        if catalogue is None:
-            raise invalid("this server has no item store for its checkpoint")
 
-        def put() -> PutItemsResponse:
+        def put(catalogue: Catalogue) -> PutItemsResponse:
             body = parse()
             if len({item.id for item in body.items}) != len(body.items):
                 raise invalid("items: ids must not repeat", "items")
@@ -138,47 +147,73 @@ class Service:
                 encoded=summary.encoded, unchanged=summary.unchanged, failed=failed, vectors_per_item=k
             )
 
-        return await self._in_thread(self._encoder_thread, put)
+        return await self._with_catalogue(put)
 
     async def delete_items(self, call: Call, parse: Callable[[], DeleteItemsRequest]) -> DeleteItemsResponse:
         """Answers `DELETE /v1/items`."""
-        catalogue = self.engine.catalogue
-        if catalogue is None:
-            raise invalid("this server has no item store for its checkpoint")
 
-        def delete() -> DeleteItemsResponse:
+        def delete(catalogue: Catalogue) -> DeleteItemsResponse:
             body = parse()
             call.items = len(body.ids)
             return DeleteItemsResponse(deleted=catalogue.delete(body.ids))
 
-        return await self._in_thread(self._encoder_thread, delete)
+        return await self._with_catalogue(delete)
+
+    async def _with_catalogue(self, work: Callable[[Catalogue], Result]) -> Result:
+        """Returns what `work` does to the items of the store, one call after another."""
+        with self.engine.using() as model:
+            if model.catalogue is None:
+                raise invalid("this server has no item store for its checkpoint")
+            return await self._in_thread(self._encoder_thread, partial(work, model.catalogue))
+
+    async def reload(self, parse: Callable[[], ReloadRequest]) -> ReloadResponse:
+        """Answers `POST /v1/reload`."""
+        start = time.monotonic()
+        results = self.engine.metrics.reloads
+        try:
+            body = await self._in_thread(self._threads, parse)
+            model = await self.engine.reload(body.model)
+        except ApiError:
+            results.labels("refused").inc()
+            raise
+        results.labels("done").inc()
+        stored = None
+        if model.catalogue is not None:
+            stored = await self._in_thread(self._encoder_thread, partial(model.catalogue.sample, SAMPLED_ITEMS))
+        return ReloadResponse(
+            model=model.name,
+            params_sha256=model.ranker.manifest.params_sha256,
+            seconds=round(time.monotonic() - start, 3),
+            stored_items=None if stored is None else {str(status): number for status, number in stored.items()},
+        )
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Counts a request while it is worked on; raises ApiError, before anything is read, if none are taken now."""
+    def admitted(self, *, queues: bool = True) -> Iterator[None]:
+        """Counts a request while it is worked on; raises ApiError, before anything is read, if none are taken now.
+
+        Args:
+            queues: whether it is one of those that must not be too many.
+        """
         status = self.engine.health.status
         if status != "ready":
             raise ApiError(503, status, f"not ready: {status}", retry_after_s=self.settings.watchdog_s)
-        if self.active >= self.settings.max_queued_requests:
-            self._refuse_load("queue_full", "the queue is full", 0)
+        if queues and self.active >= self.settings.max_queued_requests:
+            _refuse_load(self.engine.model.batcher, "queue_full", "the queue is full", 0)
         self.active += 1
         try:
             yield
         finally:
             self.active -= 1
 
-    def _refuse_load(self, reason: str, message: str, tokens: int) -> None:
-        raise ApiError(429, reason, message, retry_after_s=self.engine.batcher.wait_s(tokens))
-
     async def _run(
-        self, call: Call, prepare: Callable[[], tuple[Result, Prepared]], gone: Disconnected
+        self, batcher: Batcher, call: Call, prepare: Callable[[], tuple[Result, Prepared]], gone: Disconnected
     ) -> tuple[Result, Prepared]:
         """Prepares a request in a thread, has it scored and returns both."""
         body, prepared = await self._in_thread(self._threads, prepare)
         call.tokenise_s = time.monotonic() - call.received
         call.items, call.tokens = len(prepared.status), prepared.num_tokens
         if prepared.work:
-            await self._score(call, prepared, gone)
+            await self._score(batcher, call, prepared, gone)
         call.scored = time.monotonic()
         return body, prepared
 
@@ -190,12 +225,11 @@ class Service:
         except StoreUnavailable:
             raise ApiError(503, "store_unavailable", "the item store cannot be reached", retry_after_s=1.0) from None
 
-    async def _score(self, call: Call, prepared: Prepared, gone: Disconnected) -> None:
+    async def _score(self, batcher: Batcher, call: Call, prepared: Prepared, gone: Disconnected) -> None:
         """Has the prepared rows scored and fills in their logits."""
-        batcher = self.engine.batcher
         left = call.deadline - time.monotonic()
         if batcher.wait_s(prepared.num_tokens) > ADMITTED_SHARE * left and batcher.queued_tokens:
-            self._refuse_load("overloaded", "it would not be scored by its deadline", prepared.num_tokens)
+            _refuse_load(batcher, "overloaded", "it would not be scored by its deadline", prepared.num_tokens)
         jobs = [batcher.submit(request, call.deadline) for request, _ in prepared.work]
         try:
             results = await self._wait(jobs, left, gone)
@@ -238,61 +272,67 @@ class Service:
             left.cancel()
             scored.cancel()
 
-    def _score_response(self, body: ScoreRequest, prepared: Prepared) -> ScoreResponse:
-        no_yes = self.engine.ranker.label_token_ids
-        labels = tuple(body.label_token_ids or no_yes)
-        known = ~np.isnan(prepared.logits[:, 0])
-        chosen = prepared.logits[:, [no_yes.index(label) for label in labels]].astype(np.float64)
-        exps = np.exp(chosen - chosen.max(axis=1, keepdims=True)) if len(chosen) else chosen
-        scores = exps / exps.sum(axis=1, keepdims=True)
-        log_odds = Scores(prepared.logits, prepared.truncated).log_odds
-        calibration = self.engine.ranker.manifest.calibration
-        return ScoreResponse(
-            scores=_or_none(scores, known),
-            model=self.settings.name,
-            usage=ScoreUsage(prompt_tokens=prepared.num_tokens, total_tokens=prepared.num_tokens),
-            label_token_ids=list(labels),
-            logits=_or_none(log_odds, known),
-            calibrated=None if calibration is None else _or_none(calibration.apply(log_odds), known),
-            truncated=prepared.truncated,
-            status=prepared.status,
-        )
 
-    def _rerank_response(
-        self, call: Call, body: RerankRequest, prepared: Prepared, return_documents: bool
-    ) -> RerankResponse:
-        if body.return_documents is not None:
-            return_documents = body.return_documents
-        documents = [body.documents] if isinstance(body.documents, str) else body.documents
-        scored = Scores(prepared.logits, prepared.truncated)
-        log_odds = scored.log_odds
-        relevance = log_odds if body.use_activation is False else scored.probabilities
-        results = []
-        for place in np.argsort(-log_odds, kind="stable")[: body.top_n or None].tolist():
-            document = documents[place]
-            text = document if isinstance(document, str) else document.text
-            results.append(
-                RerankResult(
-                    index=place,
-                    relevance_score=float(relevance[place]),
-                    logit=float(log_odds[place]),
-                    truncated=prepared.truncated[place],
-                    document=RerankDocument(text=text) if return_documents else None,
-                )
+def _refuse_load(batcher: Batcher, reason: str, message: str, tokens: int) -> None:
+    raise ApiError(429, reason, message, retry_after_s=batcher.wait_s(tokens))
+
+
+def _score_response(model: ServedModel, body: ScoreRequest, prepared: Prepared) -> ScoreResponse:
+    no_yes = model.ranker.label_token_ids
+    labels = tuple(body.label_token_ids or no_yes)
+    known = ~np.isnan(prepared.logits[:, 0])
+    chosen = prepared.logits[:, [no_yes.index(label) for label in labels]].astype(np.float64)
+    exps = np.exp(chosen - chosen.max(axis=1, keepdims=True)) if len(chosen) else chosen
+    scores = exps / exps.sum(axis=1, keepdims=True)
+    log_odds = Scores(prepared.logits, prepared.truncated).log_odds
+    calibration = model.ranker.manifest.calibration
+    return ScoreResponse(
+        scores=_or_none(scores, known),
+        model=model.name,
+        usage=ScoreUsage(prompt_tokens=prepared.num_tokens, total_tokens=prepared.num_tokens),
+        label_token_ids=list(labels),
+        logits=_or_none(log_odds, known),
+        calibrated=None if calibration is None else _or_none(calibration.apply(log_odds), known),
+        truncated=prepared.truncated,
+        status=prepared.status,
+    )
+
+
+def _rerank_response(
+    model: ServedModel, call: Call, body: RerankRequest, prepared: Prepared, return_documents: bool
+) -> RerankResponse:
+    if body.return_documents is not None:
+        return_documents = body.return_documents
+    documents = [body.documents] if isinstance(body.documents, str) else body.documents
+    scored = Scores(prepared.logits, prepared.truncated)
+    log_odds = scored.log_odds
+    relevance = log_odds if body.use_activation is False else scored.probabilities
+    results = []
+    for place in np.argsort(-log_odds, kind="stable")[: body.top_n or None].tolist():
+        document = documents[place]
+        text = document if isinstance(document, str) else document.text
+        results.append(
+            RerankResult(
+                index=place,
+                relevance_score=float(relevance[place]),
+                logit=float(log_odds[place]),
+                truncated=prepared.truncated[place],
+                document=RerankDocument(text=text) if return_documents else None,
             )
-        tokens = prepared.num_tokens
-        return RerankResponse(
-            id=call.request_id,
-            created=int(time.time()),
-            model=self.settings.name,
-            results=results,
-            usage={"prompt_tokens": tokens, "total_tokens": tokens},
-            meta={
-                "api_version": {"version": "2"},
-                "billed_units": {"search_units": 1},
-                "tokens": {"input_tokens": tokens, "output_tokens": 0},
-            },
         )
+    tokens = prepared.num_tokens
+    return RerankResponse(
+        id=call.request_id,
+        created=int(time.time()),
+        model=model.name,
+        results=results,
+        usage={"prompt_tokens": tokens, "total_tokens": tokens},
+        meta={
+            "api_version": {"version": "2"},
+            "billed_units": {"search_units": 1},
+            "tokens": {"input_tokens": tokens, "output_tokens": 0},
+        },
+    )
 
 
 def _check_labels(body: ScoreRequest, no_yes: tuple[int, int]) -> None:

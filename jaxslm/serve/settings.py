@@ -28,11 +28,21 @@ class CacheSettings(Settings):
     max_items: Positive = 1_000_000
 
 
+class TracingSettings(Settings):
+    """OpenTelemetry spans. Off unless the settings name it.
+
+    Attributes:
+        endpoint: where a collector takes OTLP over HTTP, with the path, as in http://127.0.0.1:4318/v1/traces.
+    """
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://.+$")]
+
+
 class ServeSettings(Settings):
     """What `jaxslm serve` can be told; times in the unit of their name.
 
     Attributes:
-        model: checkpoint folder. model_name: what answers call it; the folder's name if None.
+        model: checkpoint folder. model_name: what answers call every checkpoint; its folder's name if None.
         store: URL of the item store, if any. items: file of postings that the page at `/` ranks.
         host, port: where to listen; port 0 takes a free one.
         buckets: TOML of `jaxslm bench fit-buckets`, the shapes to compile; `jaxslm.serve.buckets.serving_buckets` if
@@ -47,7 +57,7 @@ class ServeSettings(Settings):
         drain_s: how long a stopping server waits for accepted requests.
         keys_file: API keys, one per line, # for comments; besides those of JAXSLM_API_KEYS.
         store_dtype: how `PUT /v1/items` stores vectors.
-        cache: the score cache.
+        cache: the score cache. tracing: where spans go.
     """
 
     model: NonEmpty
@@ -70,11 +80,7 @@ class ServeSettings(Settings):
     keys_file: NonEmpty | None = None
     store_dtype: StorageDtype = "int8"
     cache: CacheSettings | None = None
-
-    @property
-    def name(self) -> str:
-        """What answers call the model."""
-        return self.model_name or Path(self.model).resolve().name
+    tracing: TracingSettings | None = None
 
 
 class Keys(Settings):

@@ -1,12 +1,14 @@
 """Keys: who may call what, and that no route is left open."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jaxslm.errors import InputError
 from jaxslm.serve.auth import Authenticator
 from jaxslm.serve.errors import ApiError
+from jaxslm.serve.run import warn_if_open
 from jaxslm.serve.settings import Keys, ServeSettings, read_keys
 
 KEYS = Keys(api=frozenset({"first-key", "second-key"}), admin="admin-key")
@@ -83,9 +85,29 @@ def test_bad_key_files_are_refused_without_printing_a_key(tmp_path: Path, conten
     assert not content.strip() or content.startswith("#") or content.strip() not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "host", "warns"),
+    [
+        (Keys(), "0.0.0.0", True),
+        (Keys(admin="admin-key"), "::", True),
+        (Keys(), "ranker.example", True),
+        (KEYS, "0.0.0.0", False),
+        (Keys(), "127.0.0.1", False),
+        (Keys(), "::1", False),
+        (Keys(), "localhost", False),
+    ],
+)
+def test_serving_without_a_key_beyond_loopback_is_warned_of(
+    caplog: pytest.LogCaptureFixture, keys: Keys, host: str, warns: bool
+) -> None:
+    warn_if_open(keys, host)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warns
+    assert ServeSettings(model="m").host == "127.0.0.1"
+
+
 def test_settings_are_checked() -> None:
-    assert ServeSettings(model="/models/ranker").name == "ranker"
-    assert ServeSettings(model="/models/ranker", model_name="jobs").name == "jobs"
-    for wrong in ({"port": 70_000}, {"max_items": 0}, {"deadline_ms": 0.0}, {"cache": {"url": "http://x"}}, {"x": 1}):
+    wrongs: list[dict[str, Any]] = [{"port": 70_000}, {"max_items": 0}, {"deadline_ms": 0.0}, {"x": 1}]
+    wrongs += [{"cache": {"url": "http://x"}}, {"tracing": {}}, {"tracing": {"endpoint": "collector:4317"}}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="validation error"):
             ServeSettings.model_validate({"model": "m"} | wrong)

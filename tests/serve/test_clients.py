@@ -16,7 +16,7 @@ QUERY = "python job"
 @pytest.fixture
 def expected(server: Server) -> dict[int, float]:
     """P(yes) of each document, best first."""
-    scores = server.service.engine.ranker.score(QUERY, DOCUMENTS)
+    scores = server.service.engine.model.ranker.score(QUERY, DOCUMENTS)
     return {place: float(scores[place]) for place in np.argsort(-scores).tolist()}
 
 

@@ -53,7 +53,7 @@ def test_a_store_that_goes_away_costs_only_requests_by_id(server: Server, monkey
     by_id = {"query": "x", "item_ids": ["kept"], "items": ["a job"], "on_miss": "text"}
     before = score(server.url, by_id)
     assert before.status_code == 200
-    catalogue = server.service.engine.catalogue
+    catalogue = server.service.engine.model.catalogue
     assert catalogue is not None
 
     def gone(*_: object) -> None:
@@ -132,7 +132,7 @@ def test_too_much_work_is_refused_at_once_with_when_to_come_back(
         assert released.wait(60)
         collect(self, group, result, logits)
 
-    batcher = server.service.engine.batcher
+    batcher = server.service.engine.model.batcher
     with monkeypatch.context() as patch, ThreadPoolExecutor(8) as threads:
         patch.setattr(CompiledScorer, "collect", slow)
         accepted = []

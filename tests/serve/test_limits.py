@@ -46,7 +46,7 @@ def still_well(server: Server) -> Iterator[None]:
     while metric(server.url, "jaxslm_num_requests_running") and time.monotonic() < until:
         time.sleep(0.05)
     assert metric(server.url, "jaxslm_num_requests_running") == 0
-    assert server.service.engine.batcher.queued_tokens == 0
+    assert server.service.engine.model.batcher.queued_tokens == 0
 
 
 @pytest.mark.parametrize(

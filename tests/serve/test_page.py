@@ -92,7 +92,7 @@ def test_more_postings_than_a_page_holds_are_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(demo, "MAX_PAGE_ITEMS", 3)
     settings = ServeSettings(model="m", items=write_items(tmp_path / "items.jsonl"))
     with pytest.raises(InputError, match="8 items, and the page takes at most 3"):
-        demo._demo_items(settings, has_store=False)
+        demo._demo_items(settings)
 
 
 @pytest.mark.parametrize("view", VIEWS)

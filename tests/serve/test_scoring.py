@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxslm.config import Calibration
 from jaxslm.score.packing import PackRequest
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.run import Server
@@ -46,7 +47,7 @@ def refused(response: httpx.Response, status: int) -> str:
 
 @pytest.fixture
 def ranker(server: Server) -> Ranker:
-    return server.service.engine.ranker
+    return server.service.engine.model.ranker
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def stored(server: Server) -> dict[str, np.ndarray]:
         httpx.put(f"{server.url}/v1/items", json={"items": items, "vectors_per_item": 2}, headers=ADMIN, timeout=120)
     )
     assert answer == {"encoded": 12, "unchanged": 0, "failed": [], "vectors_per_item": 2}
-    catalogue = server.service.engine.catalogue
+    catalogue = server.service.engine.model.catalogue
     assert catalogue is not None
     lookup = catalogue.lookup(list(texts))
     return {item_id: vectors for item_id, vectors in zip(texts, lookup.vectors, strict=True) if vectors is not None}
@@ -185,7 +186,7 @@ def test_misses_are_never_silently_scored(server: Server, ranker: Ranker, stored
 
 
 def test_stale_and_corrupt_records_are_named(server: Server, stored: dict[str, np.ndarray]) -> None:
-    catalogue = server.service.engine.catalogue
+    catalogue = server.service.engine.model.catalogue
     assert catalogue is not None
     store = catalogue._store
     (record,) = store.get(["item-2"])
@@ -229,8 +230,19 @@ def test_answers_say_where_the_time_went(server: Server) -> None:
     parts = [float(response.headers[f"x-{part}-time"]) for part in ("tokenization", "queue", "inference", "response")]
     assert min(parts) >= 0
     assert sum(parts) <= float(response.headers["x-total-time"]) + 0.01
-    tokens = len(server.service.engine.ranker.prompt.encode("x", ["y"]).item_ids[0])
+    tokens = len(server.service.engine.model.ranker.prompt.encode("x", ["y"]).item_ids[0])
     assert int(response.headers["x-compute-tokens"]) > tokens
+
+
+def test_calibrated_scores_are_the_checkpoints(server: Server, ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"query": "night nurse", "items": ["a ward", "a job"]}
+    assert ok(post(server, "/v1/score", body))["calibrated"] is None
+    calibration = Calibration(method="platt", scale=0.5, bias=-1.0)
+    monkeypatch.setattr(ranker, "manifest", ranker.manifest.model_copy(update={"calibration": calibration}))
+    answer = ok(post(server, "/v1/score", body))
+    expected = [1 / (1 + np.exp(1.0 - 0.5 * logit)) for logit in answer["logits"]]
+    np.testing.assert_allclose(answer["calibrated"], expected, rtol=1e-9)
+    assert answer["calibrated"] != [yes for _, yes in answer["scores"]]
 
 
 def test_metrics_count(server: Server) -> None:
@@ -287,7 +299,7 @@ def test_labels_that_need_the_whole_vocabulary_are_refused(server: Server, ranke
 def test_vectors_in_the_batch_do_not_touch_texts(server: Server, ranker: Ranker) -> None:
     """The packer refuses mixtures of both; the batcher must never make one."""
     request = PackRequest([1, 2], [[3, 4, 5]])
-    batcher = server.service.engine.batcher
+    batcher = server.service.engine.model.batcher
     deadline = 1e12
     text = batcher.submit(request, deadline)
     vectors = batcher.submit(PackRequest([1, 2], [[0, 0, 5]], np.ones((1, 2, 32), np.float32)), deadline)
