@@ -74,12 +74,16 @@ def call(*arguments: str | Path) -> subprocess.Popen[str]:
     """Starts the script as it runs there: one device, and without the packages that may not be there."""
     command = [sys.executable, "-c", WITHOUT, str(SCRIPT), *map(str, arguments)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = ["bash", "-c", 'trap "" INT; exec "$@"', "bash", *command]  # as a shell starts what is in its background
     return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, **pipes)
 
 
 def answer(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
     """Returns the JSON of the last line of a call that ends with `code`."""
-    out, err = process.communicate(timeout=600)
+    try:
+        out, err = process.communicate(timeout=900)
+    finally:
+        process.kill()
     assert process.returncode == code, err
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found
