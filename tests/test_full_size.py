@@ -57,6 +57,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""Compiles fast. In the environment of the tests there are eight devices; there is one here."""
+
+
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module. Without its bytecode, which would lie beside the scripts."""
@@ -75,17 +79,22 @@ def call(*arguments: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WITHOUT, str(SCRIPT), *map(str, arguments)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = ["bash", "-c", 'trap "" INT; exec "$@"', "bash", *command]  # as a shell starts what is in its background
-    return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, **pipes)
+    return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}, **pipes)
 
 
-def answer(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
-    """Returns the JSON of the last line of a call that ends with `code`."""
+def end(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Waits for a call that ends with `code`; returns what it printed."""
     try:
         out, err = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == code, err
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return out
+
+
+def answer(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
+    """Returns the JSON of the last line of a call that ends with `code`."""
+    found: dict[str, Any] = json.loads(end(process, code).splitlines()[-1])
     return found
 
 
@@ -110,11 +119,11 @@ def test_carried_stopped_killed_finished_and_carried_home(tmp_path: Path) -> Non
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    end(killed, -signal.SIGKILL)
     assert not answer(call(*go_on, "--minutes", "0.1"), 130)["finished"]
     stages = {json.loads(line)["stage"] for line in (work / "stages.jsonl").read_text().splitlines()}
     assert "Report" not in stages
-    assert call("results", "--work", work, "--out", tmp_path / "early").wait() == 2
+    end(call("results", "--work", work, "--out", tmp_path / "early"), 2)
     assert answer(call(*go_on))["finished"]
 
     for split in ("dev", "bls"):
