@@ -1,19 +1,29 @@
 """Documents tell the truth: configs load, every command in a header, in the README and in --help is one, code runs."""
 
+import argparse
+import json
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import typer
 
 from jaxslm import cli
 from jaxslm.config import Settings, load_toml
+from jaxslm.serve.settings import ServeSettings
+from tests.compress.tiny_compressor import compressor_checkpoint
+from tests.serve.tiny_server import BUCKETS, running
 from tests.tiny import tiny_checkpoint, tiny_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "results" / "frontier.md"]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
 
@@ -44,9 +54,62 @@ def check_command(command: str) -> None:
     found.make_context(verb, arguments)
 
 
-@pytest.mark.parametrize("command", commands_in(README))
-def test_commands_of_the_readme(command: str) -> None:
+def fenced(text: str) -> list[str]:
+    """Lines of blocks that are marked as bash."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines() if line]
+
+
+def script_lines(text: str) -> list[str]:
+    """Indented lines that start a script."""
+    return re.findall(r"^ {4}((?:bash|python3?) scripts/.*)$", text, re.MULTILINE)
+
+
+def check_script(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails unless bash can read the script, or the Python script takes these arguments."""
+    program, name, *arguments = shlex.split(command)
+    if program == "bash":
+        assert not arguments, command
+        subprocess.run(["bash", "-n", ROOT / name], check=True)
+        return
+    accepted: list[argparse.Namespace] = []
+
+    class AcceptedError(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(self: argparse.ArgumentParser, *given: Any) -> None:
+        accepted.append(parse(self, *given))
+        raise AcceptedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    with pytest.raises(AcceptedError):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    assert accepted
+
+
+@pytest.mark.parametrize(
+    "command", [each for path in DOCUMENTS for each in commands_in(path.read_text(encoding="utf-8"))]
+)
+def test_commands_in_documents(command: str) -> None:
     check_command(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [each for path in DOCUMENTS for each in script_lines(path.read_text(encoding="utf-8"))]
+    + [line for line in fenced(README) if "scripts/" in line],
+)
+def test_scripts_in_documents(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_script(command, monkeypatch)
+
+
+def test_every_line_of_the_readme_is_of_a_kind_that_is_tested() -> None:
+    assert {line.split()[0] for line in fenced(README)} == {"bash", "jaxslm", "curl"}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -78,14 +141,67 @@ def test_there_are_at_most_eight_configs() -> None:
     assert 0 < len(CONFIGS) <= 8
 
 
-def test_python_of_the_readme_runs(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "ckpt", tiny_config())
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's commands find what the quickstart leaves: tiny models, two postings."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny_checkpoint(folder / "quickstart" / "ranker", tiny_config())
+    tiny_checkpoint(folder / "quickstart" / "recovered", tiny_config("llama"), template="yes-no")
+    compressor_checkpoint(folder / "quickstart" / "compressed", ks=(8,))
+    jobs = folder / "quickstart" / "demo" / "jobs"
+    jobs.mkdir(parents=True)
+    items = [{"id": "15-1252.00", "text": "Writes software."}, {"id": "53-3032.00", "text": "Drives a truck."}]
+    (jobs / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return folder
+
+
+def jaxslm(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # tests leave the user's cache folder alone
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 0, command
+
+
+def test_python_of_the_readme_runs(quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(quickstart)
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict[str, object] = {}
-    exec(block.replace("quickstart/ranker", str(checkpoint)), names)
-    assert len(names["scores"]) == 2  # type: ignore[arg-type]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert len(names["scores"]) == 2
+    assert names["scores"][names["best"]] == max(names["scores"])
 
 
-def test_files_named_in_the_readme_exist() -> None:
-    for name in re.findall(r"(?:bash |`)((?:scripts|docs|tests|configs|jaxslm|constraints)/[\w./-]*)", README):
+def test_commands_of_the_readme_run(quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them that end by themselves, in order, then its requests to a server that its command describes."""
+    monkeypatch.chdir(quickstart)
+    lines = [line for line in fenced(README) if "scripts/" not in line]
+    [serve] = [line for line in lines if line.startswith("jaxslm serve")]
+    requests = [shlex.split(line) for line in lines if line.startswith("curl")]
+    for line in lines:
+        if line.startswith("jaxslm") and line != serve:
+            jaxslm(line, monkeypatch)
+    arguments = shlex.split(serve)[2:]
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert given.keys() == {"--model", "--store", "--port"}
+    (quickstart / "buckets.toml").write_text(
+        BUCKETS.replace("item_tokens = 8, vectors_per_item = 2", "item_tokens = 16, vectors_per_item = 8")
+    )
+    settings = ServeSettings(model=given["--model"], store=given["--store"], buckets="buckets.toml", port=0)
+    with running(settings) as server:
+        for _, silent, url, *options in requests:
+            assert silent == "-s"
+            body = options[options.index("--json") + 1]
+            address = url.replace(f"localhost:{given['--port']}", server.url)
+            answer = httpx.post(address, content=body, headers={"content-type": "application/json"}, timeout=60)
+            assert answer.status_code == 200, answer.text
+            assert len(answer.json()["logits"]) == 1
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_files_that_documents_name_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"(?:bash |python3 |`)((?:scripts|docs|tests|configs|jaxslm|constraints)/[\w./-]*)", text):
         assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        assert (path.parent / name).exists(), name

@@ -30,7 +30,7 @@ def frontier(rows: Sequence[Row]) -> Drawing | None:
     def plot(axes: "Axes") -> None:
         speeds = [x for _, x, _ in points]
         _scale(axes, "x", speeds)
-        margin = max(1.25, (max(speeds) / min(speeds)) ** 0.12)
+        margin = max(1.25, (max(speeds) / min(speeds)) ** 0.18)
         axes.set(xlim=(min(speeds) / margin, max(speeds) * margin), xlabel="items/s", ylabel="nDCG@10")
         best = _undominated([(x, y) for _, x, y in points])
         axes.plot(*zip(*best, strict=True), color=LIGHT["muted"], linewidth=1, zorder=1)
@@ -41,7 +41,8 @@ def frontier(rows: Sequence[Row]) -> Drawing | None:
             if y >= floor:
                 axes.axhline(y, color=LIGHT["muted"], linewidth=1.2, dashes=dashes, zorder=0)
         axes.margins(y=0.1)
-        _label_lines(axes, [(f"{row.name}, {y:.3f}", y) for row, y in lines if y >= floor])
+        edge = axes.get_xlim()[1]  # outside, where nothing is crossed
+        _label_ends(axes, [(f"{_shortened(row.name, 20)}, {y:.3f}", edge, y) for row, y in lines if y >= floor])
         _label_below(axes, [f"{row.name}, {y:.3f}" for row, y in lines if y < floor])
         occupied = [(x, low, high) for row, x, y in points for low, high in [row.ndcg_ci95 or (y, y)]]
         _label_points(axes, [(row.name, x, y) for row, x, y in points], occupied, best)
@@ -99,7 +100,7 @@ def load_curve(workload: str, steps: Sequence[LoadStep]) -> Drawing | None:
             axes.plot(loads, values, color=LIGHT[role], marker=marker, markersize=4.5, linewidth=1.4)
         axes.axhline(LATENCY_TARGET_MS, color=LIGHT["muted"], dashes=DASHES[0], linewidth=1.2, zorder=0)
         axes.margins(x=0.12)
-        _label_lines(axes, [(f"{LATENCY_TARGET_MS:g} ms", LATENCY_TARGET_MS)])
+        _label_line(axes, f"{LATENCY_TARGET_MS:g} ms", LATENCY_TARGET_MS)
         _label_ends(axes, [(name, loads[-1], values[-1]) for name, values in lines.items()])
 
     said = "; ".join(f"{x:,.3g} items/s: p99 {p99:.3g} ms" for x, p99 in zip(loads, lines["p99"], strict=True))
@@ -148,20 +149,10 @@ def _scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
-def _label_lines(axes: "Axes", lines: Sequence[tuple[str, float]]) -> None:
-    """Writes names over horizontal lines, at the left; below its line where another lies close above it."""
-    low, high = axes.get_ylim()
-    for name, height in lines:
-        below = any(0 < other - height < 0.06 * (high - low) for _, other in lines)
-        axes.annotate(
-            _shortened(name, 48),
-            (0.006, height),
-            (0, -2.5 if below else 2.5),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points",
-            va="top" if below else "bottom",
-            color=LIGHT["muted"],
-        )
+def _label_line(axes: "Axes", name: str, height: float) -> None:
+    """Writes a name over a horizontal line, at the left."""
+    place, axis = (0.006, height), axes.get_yaxis_transform()
+    axes.annotate(name, place, (0, 2.5), xycoords=axis, textcoords="offset points", va="bottom", color=LIGHT["muted"])
 
 
 def _label_below(axes: "Axes", names: Sequence[str]) -> None:
@@ -216,7 +207,7 @@ def _annotate(axes: "Axes", name: str, place: tuple[float, float], offset: tuple
 
 
 def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float]]) -> None:
-    """Writes names behind the last points of lines, moved apart where they would touch."""
+    """Writes names behind the right ends of lines, moved apart where they would touch."""
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     pixels_per_point = axes.figure.dpi / 72
     lowest = float("-inf")

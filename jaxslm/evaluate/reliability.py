@@ -26,7 +26,7 @@ def reliability(reports: Mapping[str, CalibrationReport]) -> Drawing:
             label = f"{name}: ECE {report.ece:.3f}"
             axes.plot(x, y, color=LIGHT[role], marker=marker, markersize=4, linewidth=1.2, label=label)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="mean P(yes) of a bin", ylabel="mean label", aspect="equal")
-        axes.legend(loc="upper left", frameon=False)
+        axes.legend(loc="best", frameon=False)
 
     pairs = max(report.pairs for report in reports.values())
     caption = f"Bins of equal mass, {pairs:,} pairs; ECE is the mean distance from the diagonal, weighted by pairs."

@@ -38,6 +38,7 @@ SPLIT = "dev"
 DENSE = "full text"
 PREFIX_TOKENS = 128
 PASS_TOKENS = (256, 1024)
+GPU_PASS_TOKENS = (512, 4096, 16384)
 
 
 Requests = Sequence[tuple[str, list[Item]]]
@@ -56,12 +57,13 @@ class Contestant:
 def quickstart_buckets(config: RankerConfig, compressor: CompressorConfig | None) -> BucketConfig:
     """Returns a few shapes that hold all that the quickstart scores: little to compile, here and in the server."""
     longest = config.prompt.max_tokens
-    sizes = (PREFIX_TOKENS + longest, max(PASS_TOKENS))
+    passes = PASS_TOKENS if jax.default_backend() == "cpu" else GPU_PASS_TOKENS
+    sizes = (PREFIX_TOKENS + longest, *(tokens for tokens in passes if tokens > PREFIX_TOKENS + longest))
     buckets = [make_bucket(tokens, PREFIX_TOKENS, longest, longest // 2) for tokens in sizes]
     if compressor is not None:
         for k in compressor.ks:
             item = k + compressor.answer_tokens + compressor.max_text_tokens
-            buckets += [make_bucket(tokens, PREFIX_TOKENS, item, item, k) for tokens in PASS_TOKENS]
+            buckets += [make_bucket(tokens, PREFIX_TOKENS, item, item, k) for tokens in passes]
     return BucketConfig(buckets=tuple(dict.fromkeys(buckets)))
 
 
@@ -72,6 +74,7 @@ def evaluate(
     data: Path,
     settings: MeasureSettings,
     folder: Path,
+    split: str = SPLIT,
 ) -> None:
     """Writes `folder/NAME.json` of each ranker and of the bi-encoder that stage 1 is; files that are there stay."""
     options = {"candidates": settings.candidates, "limit": settings.queries}
@@ -80,15 +83,15 @@ def evaluate(
             continue
         ranker = _load(each.model)
         if each.store is None:
-            report = evaluate_loaded(ranker, data, SPLIT, name=each.name, **options)
+            report = evaluate_loaded(ranker, data, split, name=each.name, **options)
         else:
             with open_store(str(each.store), read_only=True) as store:
-                report = evaluate_store(ranker, store, data, SPLIT, name=each.name, **options)
+                report = evaluate_store(ranker, store, data, split, name=each.name, **options)
         _write(path, _evaluated(report))
     name = "bi-encoder"
     if not (path := _file_of(folder, name)).exists():
         checkpoint = load_checkpoint(encoder)
-        report = evaluate_bi_encoder(checkpoint, data, SPLIT, name=name, max_item_tokens=max_item_tokens, **options)
+        report = evaluate_bi_encoder(checkpoint, data, split, name=name, max_item_tokens=max_item_tokens, **options)
         _write(path, _evaluated(report))
 
 

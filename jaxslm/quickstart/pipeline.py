@@ -20,7 +20,6 @@ from jaxslm.progress import console
 from jaxslm.prune.checkpoints import prune_checkpoint
 from jaxslm.prune.model import PruneSettings
 from jaxslm.quickstart.measure import DENSE, Contestant, combine, evaluate, measure_speed, read_json
-from jaxslm.quickstart.serving import try_server
 from jaxslm.quickstart.settings import QuickstartSettings
 from jaxslm.quickstart.stages import Stage, run_stages, seconds_by_stage
 from jaxslm.train.compressor import train_compressor
@@ -57,7 +56,7 @@ def run(
     if not CONFIGS.is_dir():
         raise InputError(f"{CONFIGS}: not there; the quickstart runs in a checkout of the repository")
     out.mkdir(parents=True, exist_ok=True)
-    pipeline = _Pipeline(out, fetch, settings or QuickstartSettings())
+    pipeline = Pipeline(out, fetch, settings or QuickstartSettings())
     try:
         run_stages(pipeline.stages(), out)
         content = read_json(pipeline.results)
@@ -70,7 +69,7 @@ def run(
     return content | {"finished": True, "report": str(pipeline.report / "index.html")}
 
 
-class _Pipeline:
+class Pipeline:
     """The stages over one folder."""
 
     def __init__(self, out: Path, fetch: Fetch, settings: QuickstartSettings) -> None:
@@ -168,16 +167,20 @@ class _Pipeline:
 
     def serve(self, *, stay: bool) -> None:
         """Starts the server and sends it one request of each kind."""
+        from jaxslm.quickstart.serving import try_server
+
         try_server(self.compressed, self._store(max(self._ks)), self.jobs / "items.jsonl", self._out, stay=stay)
 
     @cached_property
     def _compressor_training(self) -> CompressorTraining:
         overrides = _paths(**{"compressor.encoder": self.encoder})
-        return self._load("cpu-compressor", CompressorTraining, self.recovered, overrides + self._settings.compressor)
+        return self._load(
+            self._settings.recipe.compressor, CompressorTraining, self.recovered, overrides + self._settings.compressor
+        )
 
     @cached_property
     def _encoder_training(self) -> EncoderTraining:
-        return self._load("cpu-encoder", EncoderTraining, self.start, self._settings.encoder)
+        return self._load(self._settings.recipe.encoder, EncoderTraining, self.start, self._settings.encoder)
 
     @property
     def _ks(self) -> tuple[int, ...]:
@@ -185,7 +188,7 @@ class _Pipeline:
 
     def _load(self, name: str, kind: type[Training], model: Path, overrides: tuple[str, ...]) -> Training:
         """Returns a config of the recipe with this folder's paths. The prompt is the same in all stages, that of
-        cpu.toml, since `convert` put it into the first checkpoint; quality is measured once, at the end.
+        the ranker's, since `convert` put it into the first checkpoint; quality is measured once, at the end.
         """
         paths = {"model": model, "data.items": self.jobs / "items.jsonl", "data.queries": self.jobs / "train.jsonl"}
         settings = load_toml(CONFIGS / f"{name}.toml", kind, _paths(**paths) + overrides)
@@ -198,7 +201,7 @@ class _Pipeline:
 
     def _convert(self) -> None:
         [gguf] = (self._out / "demo" / "model").glob("*.gguf")
-        config = CONFIGS / "cpu.toml"
+        config = CONFIGS / f"{self._settings.recipe.ranker}.toml"
         prompt = load_toml(config, RankerTraining, self._settings.ranker).prompt
         if prompt is None:
             raise InputError(f"{config}: needs a [prompt]")
@@ -216,13 +219,15 @@ class _Pipeline:
         _finished(train_encoder(self._encoder_training, self.encoder))
 
     def _train_ranker(self) -> None:
-        settings = self._load("cpu", RankerTraining, self.encoder, self._settings.ranker)
+        settings = self._load(self._settings.recipe.ranker, RankerTraining, self.encoder, self._settings.ranker)
         _finished(train_ranker(settings, self.ranker))
 
     def _prune(self) -> None:
         chosen = self._settings
         settings = PruneSettings(
             mlp_keep=chosen.mlp_keep,
+            drop_layers=chosen.drop_layers,
+            depth_criterion=chosen.depth_criterion,
             width_multiple=chosen.width_multiple,
             calibration_tokens=chosen.calibration_tokens,
         )
@@ -230,7 +235,7 @@ class _Pipeline:
 
     def _recover(self) -> None:
         overrides = _paths(**{"teacher.checkpoint": self.ranker}) + self._settings.recover
-        settings = self._load("cpu-recover", RankerTraining, self.pruned, overrides)
+        settings = self._load(self._settings.recipe.recover, RankerTraining, self.pruned, overrides)
         _finished(train_ranker(settings, self.recovered))
 
     def _train_compressor(self) -> None:

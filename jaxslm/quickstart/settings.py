@@ -1,6 +1,23 @@
-"""What the quickstart does beside the recipe of `configs/`, and how much it measures."""
+"""What the pipeline does beside the recipe of `configs/`, and how much it measures."""
+
+from typing import Annotated
+
+from pydantic import Field
 
 from jaxslm.config import Positive, Settings
+from jaxslm.prune.depth import DepthCriterion
+
+Overrides = Annotated[tuple[str, ...], Field(strict=False)]
+"""`a.b=value`, as `--set` takes them."""
+
+
+class RecipeSettings(Settings):
+    """Files of `configs/`, without suffix, that the stages read."""
+
+    encoder: str = "cpu-encoder"
+    ranker: str = "cpu"
+    recover: str = "cpu-recover"
+    compressor: str = "cpu-compressor"
 
 
 class MeasureSettings(Settings):
@@ -22,16 +39,17 @@ class QuickstartSettings(Settings):
     """Settings of a run.
 
     Attributes:
-        encoder, ranker, recover, compressor: `a.b=value` overrides of cpu-encoder.toml, cpu.toml, cpu-recover.toml and
-            cpu-compressor.toml. The defaults shorten them to what fits into minutes: few updates, and for
-            the compressor two ks and no reading of text beside its vectors but the teacher's.
-        mlp_keep, width_multiple, calibration_tokens: of `jaxslm prune`.
+        recipe: the configs. encoder, ranker, recover, compressor: `a.b=value` overrides of them. The defaults shorten
+            them to what fits into minutes: few updates, and for the compressor two ks and no reading of text beside
+            its vectors but the teacher's.
+        mlp_keep, drop_layers, depth_criterion, width_multiple, calibration_tokens: of `jaxslm prune`.
     """
 
-    encoder: tuple[str, ...] = ("steps=60",)
-    ranker: tuple[str, ...] = ("steps=30", "save_every=15")
-    recover: tuple[str, ...] = ("steps=15", "save_every=15", "optimiser.warmup_steps=2")
-    compressor: tuple[str, ...] = (
+    recipe: RecipeSettings = RecipeSettings()
+    encoder: Overrides = ("steps=60",)
+    ranker: Overrides = ("steps=30", "save_every=15")
+    recover: Overrides = ("steps=15", "save_every=15", "optimiser.warmup_steps=2")
+    compressor: Overrides = (
         "steps=60",
         "save_every=30",
         "evaluation_ks=[]",
@@ -43,6 +61,8 @@ class QuickstartSettings(Settings):
         "optimiser.warmup_steps=5",
     )
     mlp_keep: Positive = 768
+    drop_layers: Annotated[int, Field(ge=0)] = 0
+    depth_criterion: DepthCriterion = "last"
     width_multiple: Positive = 128
     calibration_tokens: Positive = 16_384
     measure: MeasureSettings = MeasureSettings()
