@@ -141,6 +141,8 @@ def main() -> int:
     parser.add_argument("--deadline-ms", type=float, default=10_000, help="the server's deadline_ms")
     parser.add_argument("--clients", type=int, default=2, help="processes that send")
     options = parser.parse_args()
+    if httpx.get(f"{options.url}/health/ready", timeout=60).status_code != 200:
+        raise SystemExit(f"{options.url}: is not ready")
     ids = [json.loads(line)["id"] for line in options.items.open(encoding="utf-8")] if options.items else []
     load, seconds, clients = Load(options.url, ids, options.size), options.seconds, range(options.clients)
     with get_context("spawn").Pool(options.clients) as pool:
@@ -149,6 +151,8 @@ def main() -> int:
         scored = pool.starmap(wait_in_turn, [(load, 1000 + seed, max(5.0, seconds / 8)) for seed in clients])
         wall = time.perf_counter() - start
         rate, saturated = sum(scored) / wall, overhead(load.url, began, wall)
+        if not rate:
+            raise SystemExit(f"{options.url}: scored no request")
         watch = Watch(options.pid, seconds)
         watch.start()
         began, start = metrics(load.url), time.perf_counter()

@@ -4,10 +4,10 @@ import asyncio
 import logging
 import re
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -245,8 +245,7 @@ def create_app(engine: Engine) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(engine: Engine, service: Service) -> AsyncIterator[None]:
-    # A thread that the process does not wait for when it is told to end in the middle of a compilation.
-    threading.Thread(target=_warm_up, args=(engine,), name="warm-up", daemon=True).start()
+    engine.compile_in_background("warm-up", partial(_warm_up, engine))
     watchdog = asyncio.create_task(engine.health.watch())
     yield
     watchdog.cancel()

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +59,7 @@ class Engine:
         self.model = self._load(settings.model)
         self.health = Health(self.model.batcher, settings.watchdog_s, settings.stall_s)
         self._reloading = False
+        self._compiling: threading.Thread | None = None
         self._watch()
 
     def _load(self, path: str) -> ServedModel:
@@ -131,7 +132,7 @@ class Engine:
             self._reloading = False
 
     def _prepare(self, path: str) -> Future[ServedModel]:
-        """Loads and warms a model up in a thread that the process does not wait for when it is told to end."""
+        """Loads and warms a model up beside the one in service."""
         future: Future[ServedModel] = Future()
 
         def work() -> None:
@@ -147,8 +148,18 @@ class Engine:
             except Exception as error:  # whoever waits for the future gets it
                 future.set_exception(error)
 
-        threading.Thread(target=work, name="reload", daemon=True).start()
+        self.compile_in_background("reload", work)
         return future
+
+    def compile_in_background(self, name: str, work: Callable[[], None]) -> None:
+        """Runs `work`, which compiles, in a thread that the process does not wait for when it is told to end."""
+        self._compiling = threading.Thread(target=work, name=name, daemon=True)
+        self._compiling.start()
+
+    @property
+    def compiling(self) -> bool:
+        """Whether that thread is at work."""
+        return self._compiling is not None and self._compiling.is_alive()
 
     def close(self) -> None:
         """Scores what waits, sends the last spans and closes the store."""

@@ -214,6 +214,17 @@ def test_processes_that_share_a_store_are_killed_and_stopped_under_load(
         assert statuses <= {200, 429, 503}
 
 
+def test_a_server_that_is_stopped_while_it_compiles_ends_well(files: dict[str, Any], tmp_path: Path) -> None:
+    with process(files, tmp_path / "log", until_ready=False) as (child, url):
+        assert httpx.get(f"{url}/health/ready", timeout=60).json() == {"status": "warming"}
+        answer = score(url)
+        assert (answer.status_code, answer.json()["type"]) == (503, "warming")
+        child.send_signal(signal.SIGTERM)
+        stdout, _ = child.communicate(timeout=120)
+    assert child.returncode == 0
+    assert json.loads(stdout.splitlines()[-1])["url"] == url
+
+
 def _put(url: str, item_id: str) -> None:
     items = {"items": [{"id": item_id, "text": "a job"}], "vectors_per_item": 2}
     assert httpx.put(f"{url}/v1/items", json=items, headers=ADMIN, timeout=120).json()["encoded"] == 1

@@ -67,8 +67,10 @@ def wait_until_ready(url: str, seconds: float = 300) -> None:
 
 
 @contextmanager
-def process(settings: dict[str, Any], log: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Yields `jaxslm serve` in a process of its own and its url; kills it afterwards if it still runs."""
+def process(
+    settings: dict[str, Any], log: Path, *, until_ready: bool = True
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Yields `jaxslm serve` in a process of its own and its url, ready or only listening; kills it if it still runs."""
     options = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
     environment = os.environ | {"JAXSLM_ADMIN_KEY": "the-admin-key", "JAX_PLATFORMS": "cpu"}
     with log.open("w") as stderr:
@@ -81,7 +83,8 @@ def process(settings: dict[str, Any], log: Path) -> Iterator[tuple[subprocess.Po
         )
     try:
         url = _url(child, log)
-        wait_until_ready(url)
+        if until_ready:
+            wait_until_ready(url)
         yield child, url
     finally:
         child.kill()
