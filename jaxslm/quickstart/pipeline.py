@@ -117,7 +117,7 @@ class Pipeline:
             ),
             Stage(
                 "Pruning",
-                "Half of the neurons go; those that stay are fitted to what the whole ranker computed.",
+                "A third of the neurons go; those that stay are fitted to what the whole ranker computed.",
                 20,
                 self._prune,
                 self.pruned,

@@ -60,9 +60,9 @@ class QuickstartSettings(Settings):
         "losses.hidden_alignment=0.0",
         "optimiser.warmup_steps=5",
     )
-    mlp_keep: Positive = 768
+    mlp_keep: Positive = 1024
     drop_layers: Annotated[int, Field(ge=0)] = 0
     depth_criterion: DepthCriterion = "last"
     width_multiple: Positive = 128
-    calibration_tokens: Positive = 16_384
+    calibration_tokens: Positive = 24_576
     measure: MeasureSettings = MeasureSettings()
