@@ -132,7 +132,8 @@ class Prompt:
     @cached_property
     def sha256(self) -> str:
         """Hash of everything in the prompt that can change a row: template words, settings and label ids."""
-        unset = {"max_item_tokens"} if self.config.max_item_tokens is None else set()  # so older prompts keep their hash
+        # Left out where it is not set, so that prompts from before it keep their hash.
+        unset = {"max_item_tokens"} if self.config.max_item_tokens is None else set()
         parts = (vars(self.template), self.config.model_dump(exclude=unset), self.label_token_ids)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
