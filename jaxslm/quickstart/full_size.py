@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,7 +126,7 @@ class FullSize(Pipeline):
         write_int8(self.recovered, self.int8)
 
     def _report(self) -> None:
-        conditions: Mapping[str, Any] = {
+        conditions: dict[str, Any] = {
             "date": time.strftime("%Y-%m-%d"),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "seconds": seconds_by_stage(self._out),
