@@ -43,7 +43,7 @@ class Tracer:
         def at(moment: float) -> int:
             return wall_ns - round((now - moment) * 1e9)
 
-        attributes = {
+        attributes: dict[str, str | int] = {
             "http.request.method": method,
             "http.route": call.route,
             "http.response.status_code": status,
@@ -51,11 +51,13 @@ class Tracer:
             "jaxslm.items": call.items,
             "jaxslm.tokens": call.tokens,
         }
+        if call.refusal:
+            attributes["error.type"] = call.refusal
         span = self._tracer.start_span(
             f"{method} {call.route}",
             self._propagator.extract(headers),
             kind=trace.SpanKind.SERVER,
-            attributes=attributes | ({"error.type": call.refusal} if call.refusal else {}),
+            attributes=attributes,
             start_time=at(call.received),
         )
         if status >= 500:
