@@ -53,12 +53,12 @@ def running(settings: ServeSettings, keys: Keys = KEYS) -> Iterator[Server]:
         assert not thread.is_alive()
 
 
-def wait_until_ready(url: str, seconds: float = 300) -> None:
-    """Returns when the server at `url` is ready; a busy machine may take minutes to start one."""
+def wait_until_ready(url: str, seconds: float = 300, path: str = "/health/ready") -> None:
+    """Returns when the server at `url` says that it is ready, or live; a busy machine may take minutes to start one."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
-            if httpx.get(f"{url}/health/ready", timeout=10).status_code == 200:
+            if httpx.get(f"{url}{path}", timeout=10).status_code == 200:
                 return
         except httpx.TransportError:
             pass
@@ -83,8 +83,7 @@ def process(
         )
     try:
         url = _url(child, log)
-        if until_ready:
-            wait_until_ready(url)
+        wait_until_ready(url, path="/health/ready" if until_ready else "/health/live")
         yield child, url
     finally:
         child.kill()
