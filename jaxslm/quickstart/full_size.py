@@ -11,6 +11,7 @@ from pydantic import Field
 
 from jaxslm.atomic import new_file
 from jaxslm.bench.score import bench_score
+from jaxslm.config import Positive
 from jaxslm.errors import InputError
 from jaxslm.evaluate.report import write_report
 from jaxslm.progress import console
@@ -51,6 +52,7 @@ class FullSizeSettings(QuickstartSettings):
         "optimiser.warmup_steps=50",
     )
     compressor: Overrides = ()
+    mlp_keep: Positive = 768
     drop_layers: int = 6
     depth_criterion: DepthCriterion = "keep-last-1"
     calibration_tokens: int = 65_536

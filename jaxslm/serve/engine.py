@@ -108,8 +108,10 @@ class Engine:
         """
         if self._reloading:
             raise ApiError(409, "reload_in_progress", "another reload is running")
-        self._reloading = True
         folder = path or self._path
+        if "\0" in folder:
+            raise invalid("model: must not hold null characters", "model")
+        self._reloading = True
         try:
             new = await asyncio.wrap_future(self._prepare(folder))
             # No await between these: whoever asks for the model gets the old one or the new one, and its health.

@@ -278,4 +278,6 @@ def _label_difference(
     similarity_N = states_ND @ direction_D
     slope = np.cov(similarity_N, wanted_N)[0, 1] / np.var(similarity_N)
     difference_D: np.ndarray = slope * direction_D + _ridge(states_ND, wanted_N - slope * similarity_N)
-    return difference_D
+    one_D = _ridge(states_ND, np.ones(len(states_ND)))
+    missing = START_LOG_ODDS - np.mean(states_ND @ difference_D)  # damping takes some of the offset
+    return difference_D + missing / np.mean(states_ND @ one_D) * one_D

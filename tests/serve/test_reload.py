@@ -49,7 +49,7 @@ def checkpoints(files: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     save_checkpoint(
         folder / "nan", config, nan, tokenizer, source="random", extra=dict(good.extra), compressor=compressor
     )
-    others = {"first": files["model"], "missing": str(folder / "no")}
+    others = {"first": files["model"], "missing": str(folder / "no"), "null": "a\0b"}
     return {path.name: str(path) for path in folder.iterdir()} | others
 
 
@@ -175,6 +175,7 @@ def test_a_model_of_another_shape_compiles_beside_and_the_old_one_is_freed(
     ("which", "rule"),
     [
         ("missing", "model: not a checkpoint"),
+        ("null", "null characters"),
         ("damaged", "is damaged"),
         ("text-only", "holds no compressor"),
         ("nan", "no finite numbers"),

@@ -61,8 +61,9 @@ def test_the_new_layer_scores_by_the_similarity_of_mean_states(batches: list[NpB
         jax.tree.map(np.testing.assert_array_equal, grown[name], params[name])
     similarity = np.concatenate([similarities(params, batch) for batch in batches[6:]])
     found = np.concatenate([scores(model, grown, CONFIG.label_token_ids, batch) for batch in batches[6:]])
-    assert np.corrcoef(found, similarity)[0, 1] > 0.4
-    assert abs(found.mean() + 1.8) < 1
+    assert np.corrcoef(found, similarity)[0, 1] > 0.6
+    seen = np.concatenate([scores(model, grown, CONFIG.label_token_ids, batch) for batch in batches[:6]])
+    assert abs(seen.mean() + 1.8) < 0.01
 
 
 def test_the_same_data_gives_the_same_layer(batches: list[NpBatch]) -> None:

@@ -172,7 +172,9 @@ def test_a_teacher_of_every_state_compares_real_tokens_alone() -> None:
     mesh = make_mesh(jax.devices()[:1])
     decoder = Decoder(CONFIG.model)
     weights = RankerLosses(binary_cross_entropy=0.0, every_state=1.0)
-    loss_fn = ranker_loss(CONFIG, decoder, weights, mesh, Teacher(other, decoder, CONFIG.label_token_ids, mesh))
+    loss_fn = jax.jit(
+        ranker_loss(CONFIG, decoder, weights, mesh, Teacher(other, decoder, CONFIG.label_token_ids, mesh))
+    )
     trainable, tables = split_params(student, CONFIG, freeze_embeddings=True)
     micro = {name: array[0] for name, array in put_batch([batch], 1, mesh).items()}
     loss, terms = loss_fn(trainable, {"tables": tables, "teacher": other}, micro)
