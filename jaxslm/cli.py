@@ -458,6 +458,24 @@ def bench_score(
     )
 
 
+@bench.command("growth")
+def bench_growth(
+    model: Annotated[str, typer.Option(help="A model's name or a checkpoint folder.")],
+    out: NewPath,
+    layers: Annotated[int | None, typer.Option(min=1, help="Only the model's first layers: quicker.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="By default the device's.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timings of a point, fewer of slow ones.")] = 5,
+) -> None:
+    """Measure items/s against items per request, prefix length and item length; writes JSON and plots.
+
+    Example: jaxslm bench growth --model smollm2-135m --layers 6 --out growth
+    """
+    from jaxslm.bench.growth import bench_growth as run
+
+    _keep_compiled_programs()
+    _answer(run(model, out, layers=layers, dtype=dtype, repeats=repeats))
+
+
 @bench.command("serve")
 def bench_serve(
     url: Annotated[str, typer.Option(help="A running server: jaxslm serve.")] = "http://127.0.0.1:8000",
