@@ -103,7 +103,11 @@ def bench_growth(
             drawing = growth_plot(curve, [row for row in rows if row["axis"] == curve.axis])
             for suffix in ("svg", "png"):
                 write_plot(folder / f"{curve.axis}.{suffix}", drawing)
-    return {"out": str(out), "points": len(rows), "least_of_fastest": min(row["of_fastest"] for row in rows)} | conditions
+    return {
+        "out": str(out),
+        "points": len(rows),
+        "least_of_fastest": min(row["of_fastest"] for row in rows),
+    } | conditions
 
 
 def first_layers(config: RankerConfig, params: Params, layers: int) -> tuple[RankerConfig, Params]:
