@@ -120,7 +120,8 @@ def first_layers(config: RankerConfig, params: Params, layers: int) -> tuple[Ran
 def _measured(scorer: CompiledScorer, curve: Curve, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for shape in curve.shapes:
-        points = [_point(scorer, replace(shape, **{curve.axis: value}), repeats) for value in curve.values]
+        changes: list[dict[str, Any]] = [{curve.axis: value} for value in curve.values]
+        points = [_point(scorer, replace(shape, **change), repeats) for change in changes]
         fastest = max(point["gflop_per_s"] for point in points)
         for value, point in zip(curve.values, points, strict=True):
             row = {"name": f"{shape.name}, {value} {curve.label}", "line": shape.name, "axis": curve.axis, "at": value}
