@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from jaxslm.data_files import NonEmpty
+
 OnMiss = Literal["fail", "text", "skip"]
 ItemStatus = Literal["text", "embedding", "not_found", "stale", "corrupt"]
 
@@ -159,7 +161,7 @@ class RerankResponse(BaseModel):
 class CatalogueItem(Body):
     """An item to encode and store."""
 
-    id: Annotated[str, Field(min_length=1)]
+    id: NonEmpty
     text: str
     title: str | None = None
 
