@@ -207,5 +207,5 @@ def _check_folder(path: Path, read_only: bool) -> None:
         return
     if read_only:
         raise InputError(f"store {path}: no such store; `jaxslm encode` makes one")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(entry.name != "lock.mdb" for entry in path.iterdir()):  # another process may be making it
         raise InputError(f"store {path}: a folder of something else")

@@ -105,6 +105,13 @@ def test_writers_of_two_processes_take_turns(tmp_path: Path) -> None:
         assert set(store.get([f"item-{n}" for n in range(50)])) == {b"00000099" * 1100}
 
 
+def test_a_store_that_another_process_is_making_opens(tmp_path: Path) -> None:
+    (tmp_path / "lock.mdb").write_bytes(b"")  # what LMDB makes first
+    with open_store(str(tmp_path)) as store:
+        store.put({"a": b"1"})
+        assert store.get(["a"]) == [b"1"]
+
+
 def test_a_killed_writer_loses_its_transaction_and_blocks_nobody(tmp_path: Path) -> None:
     for _ in range(3):
         writer = start(WRITER, tmp_path, 100_000)
