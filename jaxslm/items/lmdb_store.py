@@ -34,8 +34,8 @@ class LmdbStore(Store):
         """Opens the folder, and makes it unless `read_only`. Raises as `open_store`."""
         self.url = str(path)
         self._gate = _Gate()
-        _check_folder(path, read_only)
         try:
+            _check_folder(path, read_only)
             if not read_only:
                 path.mkdir(parents=True, exist_ok=True)
             self._env = lmdb.open(
@@ -203,9 +203,10 @@ def _check_folder(path: Path, read_only: bool) -> None:
     """Raises InputError unless `path` is a store, or a place for a new one."""
     if path.exists() and not path.is_dir():
         raise InputError(f"store {path}: must be a folder")
-    if (path / "data.mdb").exists():
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()  # once: another process may add to it
+    if "data.mdb" in names:
         return
     if read_only:
         raise InputError(f"store {path}: no such store; `jaxslm encode` makes one")
-    if path.is_dir() and any(entry.name != "lock.mdb" for entry in path.iterdir()):  # another process may be making it
+    if names - {"lock.mdb"}:  # LMDB makes this file first
         raise InputError(f"store {path}: a folder of something else")
