@@ -12,25 +12,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from jaxslm.bench.device import device_name
 from jaxslm.bench.score import Options, Runner, timed
 from jaxslm.bench.workloads import model_named, random_requests, workload_named
-from jaxslm.convert.export import hf_config, hf_tensors, write_hf_model
+from jaxslm.config import RankerConfig
+from jaxslm.convert.export import classifier_tensors, hf_config, hf_tensors, write_hf_model
 from jaxslm.errors import InputError
+from jaxslm.model.decoder import Params
 from jaxslm.progress import console
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to call transformers: see `peer_worker`."""
+    """One way to call the peer: see `peer_worker`."""
 
     attention: str
     keep: int
     batch: int
     compile: bool = False
+    cross_encoder: bool = False
 
     def __str__(self) -> str:
+        if self.cross_encoder:
+            return f"sentence-transformers CrossEncoder (with tokenisation), batch {self.batch}"
         call = "logits_to_keep=1" if self.keep else "default call (all logits)"
         return f"transformers {self.attention}{', torch.compile' if self.compile else ''}, {call}, batch {self.batch}"
 
@@ -97,7 +105,8 @@ def bench_peers(
 ) -> dict[str, Any]:
     """Measures ours and transformers in turns; returns the JSON object of the command line.
 
-    First every way of calling transformers runs once at each batch size, which warms it up and picks its best batch.
+    First every way of calling transformers, and the CrossEncoder of sentence-transformers, runs once at each batch
+    size, which warms it up and picks its best batch.
     Then ours and each way at its best batch run in turns, `repeats` times, so that a busy machine is busy for all.
 
     Args:
@@ -119,13 +128,14 @@ def bench_peers(
     logits = ours()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "model").mkdir()
-        write_hf_model(folder / "model", hf_config(config.model), hf_tensors(params))
+        _write_models(folder, config, params, rows)
         np.save(folder / "rows.npy", rows)
         setup = {
             "rows": str(folder / "rows.npy"),
+            "prefix": len(request.prefix_ids),
             "labels": list(config.label_token_ids),
             "folder": str(folder / "model"),
+            "classifier": str(folder / "classifier"),
             "threads": threads,
             "dtype": dtype,
         }
@@ -139,19 +149,45 @@ def bench_peers(
     return _result(workload, model, dtype, shape.items, seconds, agreement, failed, peer.about)
 
 
+def _write_models(folder: Path, config: RankerConfig, params: Params, rows: np.ndarray) -> None:
+    """Writes `model`, and `classifier` for the CrossEncoder: one label, and a tokenizer that reads `<7>` as token 7."""
+    tensors = hf_tensors(params)
+    (folder / "model").mkdir()
+    write_hf_model(folder / "model", hf_config(config.model), tensors)
+    (folder / "classifier").mkdir()
+    padding = int(np.setdiff1d(np.arange(config.model.vocab_size), rows)[0])  # the peer looks for the last token but it
+    described = hf_config(config.model, classifier=True) | {"pad_token_id": padding}
+    write_hf_model(folder / "classifier", described, classifier_tensors(tensors, params, config.label_token_ids))
+    words = {f"<{number}>": number for number in range(config.model.vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=f"<{padding}>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "classifier" / "tokenizer.json"))
+    (folder / "classifier" / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "pad_token": f"<{padding}>",
+                "model_max_length": rows.shape[1],
+                "model_input_names": ["input_ids", "attention_mask"],
+            }
+        )
+    )
+
+
 def _best_batches(
     peer: Peer, items: int, batches: tuple[int, ...], *, torch_compile: bool
 ) -> tuple[list[Setting], dict[str, str]]:
     """Returns each way of calling at its fastest batch size, and what did not run, with the reason."""
     sizes = sorted({min(batch, items) for batch in batches})
-    ways = [("sdpa", 1, False), ("eager", 1, False), ("sdpa", 0, False), ("eager", 0, False)]
+    ways = [Setting(attention, keep, 1) for keep in (1, 0) for attention in ("sdpa", "eager")]
     if torch_compile:
-        ways.append(("sdpa", 1, True))
+        ways.append(Setting("sdpa", 1, 1, compile=True))
+    ways.append(Setting("sdpa", 1, 1, cross_encoder=True))
     best, failed = [], {}
-    for attention, keep, compiled in ways:
+    for way in ways:
         found: list[tuple[float, Setting]] = []
-        for batch in sizes if not compiled else sizes[-1:]:
-            setting = Setting(attention, keep, batch, compiled)
+        for batch in sizes if not way.compile else sizes[-1:]:
+            setting = replace(way, batch=batch)
             first = peer.run(setting)
             if isinstance(first, str):
                 failed[str(setting)] = first
@@ -176,12 +212,13 @@ def _in_turns(ours: Runner, peer: Peer, settings: list[Setting], repeats: int) -
 
 
 def _agreement(peer: Peer, settings: list[Setting], folder: Path, logits: np.ndarray) -> dict[str, float]:
-    """Returns the largest difference between our logits of (no, yes) and each setting's."""
+    """Returns the largest difference between our logits of (no, yes), or log-odds, and each setting's."""
     found = {}
     for number, setting in enumerate(settings):
         file = folder / f"{number}.npy"
         if not isinstance(peer.run(setting, save=file), str):
-            found[str(setting)] = float(np.abs(np.load(file) - logits).max())
+            ours = logits[:, 1] - logits[:, 0] if setting.cross_encoder else logits
+            found[str(setting)] = float(np.abs(np.load(file) - ours).max())
     return found
 
 

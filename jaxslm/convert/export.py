@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -75,9 +74,7 @@ def export_hf(checkpoint: Path, out: Path, *, classifier: bool = False) -> dict[
     config |= {f"{role}_token_id": number for role, number in tokens.ids.items()}
     tensors = hf_tensors(loaded.params)
     if classifier:
-        tensors.pop(NAMES.head, None)
-        no, yes = np.asarray(label_rows(loaded.params, loaded.config.label_token_ids))
-        tensors["score.weight"] = (yes - no)[None].astype(jnp.dtype(loaded.manifest.params_dtype))
+        tensors = classifier_tensors(tensors, loaded.params, loaded.config.label_token_ids)
     with new_folder(out) as folder:
         try:
             write_hf_model(folder, config, tensors)
@@ -166,6 +163,15 @@ def hf_tensors(params: Params) -> dict[str, np.ndarray]:
         array = np.asarray(leaf)
         tensors[NAMES.of(path)] = np.ascontiguousarray(array.T if is_matrix(path) else array)
     return tensors
+
+
+def classifier_tensors(
+    tensors: Mapping[str, np.ndarray], params: Params, label_token_ids: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """Returns `hf_tensors` with one row in place of the vocabulary head, whose logit is z_yes - z_no."""
+    no, yes = np.asarray(label_rows(params, label_token_ids))
+    body = {name: tensor for name, tensor in tensors.items() if name != NAMES.head}
+    return body | {"score.weight": (yes - no)[None].astype(tensors[NAMES.embedding].dtype)}
 
 
 class _Tokens:
