@@ -487,8 +487,9 @@ def bench_serve(
     clients: Annotated[int, typer.Option(min=1, help="Processes that send.")] = 2,
     seconds: Annotated[float, typer.Option(min=1.0, help="That each rate is kept.")] = 15.0,
     start_rate: Annotated[float | None, typer.Option(min=0.01, help="First requests per second.")] = None,
+    target_ms: Annotated[float, typer.Option(min=1.0, help="Within which 99 % must be answered.")] = 500.0,
 ) -> None:
-    """Raise the load on a running server until more than 1 % of answers take over 500 ms; items/s below that.
+    """Raise the load on a running server until more than 1 % of answers take over the target; items/s below that.
 
     Example: jaxslm bench serve --url http://127.0.0.1:8000 --workload text_300
     """
@@ -496,7 +497,7 @@ def bench_serve(
     from jaxslm.bench.server import LoadOptions
     from jaxslm.bench.server import bench_serve as run
 
-    options = LoadOptions(clients=clients, seconds=seconds, start_rate=start_rate)
+    options = LoadOptions(clients=clients, seconds=seconds, start_rate=start_rate, target_ms=target_ms)
     _answer(run(Target(url.rstrip("/"), api_key), workload or ["text_300"], items, options))
 
 

@@ -128,7 +128,7 @@ def answers_of(*latencies_ms: float, status: int = 200) -> list[Answer]:
 )
 def test_a_request_that_is_late_or_refused_has_missed_the_target(answers: list[Answer], passed: bool) -> None:
     traffic = Traffic("w", TextTraffic(1, 1, 2), 2, 10.0, 0.01)
-    step, met = _measured(traffic, 5.0, 20.0, answers)
+    step, met = _measured(traffic, 5.0, LoadOptions(seconds=20.0), answers)
     assert met is passed
     assert step["items_per_s"] == pytest.approx(2 * sum(a.status == 200 for a in answers) / 20)
     assert sum(step["errors"].values()) == sum(a.status != 200 for a in answers)
@@ -154,6 +154,8 @@ def test_the_rate_rises_until_the_target_is_missed_and_is_then_narrowed_down(mon
     row, steps = find_capacity(pool, Target("http://localhost"), traffic, LoadOptions(start_rate=30.0))
     assert [step["requests_per_s"] for step in steps] == [30.0]
     assert "items_per_s" not in row  # no rate was low enough, and none is made up
+    row, _ = find_capacity(pool, Target("http://localhost"), traffic, LoadOptions(start_rate=30.0, target_ms=1000.0))
+    assert row["requests_per_s"] > 30
 
 
 def test_client_processes_load_a_server_and_the_report_can_read_it(
