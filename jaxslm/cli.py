@@ -256,7 +256,7 @@ def encode(
     from jaxslm.compress.catalogue import encode_file
 
     _keep_compiled_programs()
-    _answer(encode_file(model, items, store, k=k, dtype=dtype))
+    _answer(encode_file(model, items, {k: store}, dtype=dtype))
 
 
 @app.command()

@@ -10,7 +10,8 @@ import json
 import re
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -63,8 +64,8 @@ class ItemEncoder(Protocol):
         """Returns (rows, length) of the pass that encodes an item of so many tokens; items of one shape share it."""
         ...
 
-    def encode(self, items: Sequence[Item], k: int) -> Float[np.ndarray, "B C D"]:
-        """Returns k vectors per item, float32. Raises InputError if one cannot be encoded."""
+    def encode_all(self, items: Sequence[Item]) -> Mapping[int, Float[np.ndarray, "B C D"]]:
+        """Returns k vectors per item, float32, for every k. Raises InputError if an item cannot be encoded."""
         ...
 
 
@@ -113,8 +114,8 @@ class Summary:
         }
 
 
-def encode_file(model: Path, items: Path, store_url: str, *, k: int, dtype: StorageDtype) -> dict[str, Any]:
-    """Encodes the items of a file into a store; returns `Summary.to_json` and the store's name.
+def encode_file(model: Path, items: Path, store_urls: Mapping[int, str], *, dtype: StorageDtype) -> dict[str, Any]:
+    """Encodes the items of a file into a store for each k; returns `Summary.to_json` and the stores' names.
 
     The whole file is checked before the model loads.
 
@@ -123,7 +124,8 @@ def encode_file(model: Path, items: Path, store_url: str, *, k: int, dtype: Stor
         StoreUnavailable: the store cannot be opened or fails; what was stored before stays.
     """
     total = check_items(items)
-    with open_store(store_url) as store:
+    with ExitStack() as stack:
+        stores = {k: stack.enter_context(open_store(url)) for k, url in store_urls.items()}
         from jaxslm.compress.encoder import load_encoder
 
         encoder = load_encoder(model)
@@ -136,10 +138,10 @@ def encode_file(model: Path, items: Path, store_url: str, *, k: int, dtype: Stor
                 bar.update(task, completed=summary.done, description=f"encoding items, {rate:.1f}/s")
 
             records = read_records(items, Item)
-            summary = encode_catalogue(encoder, records, store, k=k, dtype=dtype, on_progress=show)
+            summary = encode_catalogue(encoder, records, stores, dtype=dtype, on_progress=show)
         for reason, (count, first) in summary.reasons.items():
             console().print(f"{count} of {total} items failed, {first!r} first: {reason}", markup=False)
-        return summary.to_json() | {"store": store.url}
+        return summary.to_json() | {"stores": {str(k): store.url for k, store in stores.items()}}
 
 
 def check_items(path: Path) -> int:
@@ -159,28 +161,29 @@ def check_items(path: Path) -> int:
 def encode_catalogue(
     encoder: ItemEncoder,
     items: Iterable[Item],
-    store: Store,
+    stores: Mapping[int, Store],
     *,
-    k: int,
     dtype: StorageDtype,
     on_progress: Callable[[Summary], None] | None = None,
 ) -> Summary:
-    """Encodes the items that the store does not have yet and keeps them there; returns what was done.
+    """Encodes the items that a store does not have yet and keeps them there; returns what was done.
 
     An item that cannot be encoded is counted with its reason and left out; what the store has under its id stays, and
     a reader finds it stale if it is.
 
     Args:
         items: ids must not repeat (`check_items`): of two texts under one id either may stay.
+        stores: a store for each k that is wanted. One pass of the encoder serves all.
         on_progress: is called with what was done so far, after each pass of the encoder at least.
 
     Raises:
         InputError: the encoder was not trained for this k.
         StoreUnavailable: the store fails; what was stored before stays.
     """
-    if k not in encoder.ks:
-        raise InputError(f"k = {k}: this compressor was trained for {', '.join(map(str, encoder.ks))}")
-    run = _Run(encoder, store, k, dtype, on_progress or (lambda summary: None))
+    for k in stores:
+        if k not in encoder.ks:
+            raise InputError(f"k = {k}: this compressor was trained for {', '.join(map(str, encoder.ks))}")
+    run = _Run(encoder, stores, dtype, on_progress or (lambda summary: None))
     start = time.perf_counter()
     stream = iter(items)
     while chunk := list(islice(stream, _ITEMS_AT_ONCE)):
@@ -201,15 +204,15 @@ class _Run:
     def __init__(
         self,
         encoder: ItemEncoder,
-        store: Store,
-        k: int,
+        stores: Mapping[int, Store],
         dtype: StorageDtype,
         on_progress: Callable[[Summary], None],
     ) -> None:
-        self._encoder, self._store, self._k, self._dtype = encoder, store, k, dtype
+        self._encoder, self._stores, self._dtype = encoder, stores, dtype
         self._on_progress = on_progress
         self._waiting: dict[tuple[int, int], list[Item]] = {}
-        self._records: dict[str, bytes] = {}
+        self._records: dict[int, dict[str, bytes]] = {k: {} for k in stores}
+        self._waiting_records = 0
         self.summary = Summary()
 
     def add(self, items: Sequence[Item]) -> None:
@@ -231,9 +234,10 @@ class _Run:
 
     def _outdated(self, items: Sequence[Item]) -> list[Item]:
         """Returns the items that must be encoded; counts the others."""
-        found = []
-        for item, data in zip(items, self._store.get([item.id for item in items]), strict=True):
-            if data is not None and self._is_current(data, item):
+        found, ids = [], [item.id for item in items]
+        stored = {k: store.get(ids) for k, store in self._stores.items()}
+        for number, item in enumerate(items):
+            if all(self._is_current(stored[k][number], item, k) for k in stored):
                 self.summary.unchanged += 1
                 continue
             try:
@@ -243,32 +247,46 @@ class _Run:
                 self.summary.fail(item, error)
         return found
 
-    def _is_current(self, data: bytes, item: Item) -> bool:
+    def _is_current(self, data: bytes | None, item: Item, k: int) -> bool:
+        if data is None:
+            return False
         try:
             header = read_header(data)
         except (CorruptRecord, StaleRecord):
             return False
-        current = RecordHeader(self._encoder.identity, source_sha256(item), self._dtype, self._k, header.width)
+        current = RecordHeader(self._encoder.identity, source_sha256(item), self._dtype, k, header.width)
         return header == current
 
     def _encode(self, items: Sequence[Item]) -> None:
-        for item, vectors in self._each(items, lambda some: self._encoder.encode(some, self._k)):
+        for item, vectors in self._each(items, self._vectors):
+            source = source_sha256(item)
             try:
-                record = Record(self._encoder.identity, vectors, source_sha256(item))
-                data = pack_record(record, self._dtype)
+                records = {
+                    k: pack_record(Record(self._encoder.identity, each, source), self._dtype)
+                    for k, each in vectors.items()
+                }
             except InputError as error:
                 self.summary.fail(item, error)
                 continue
-            self._records[item.id] = data
+            for k, data in records.items():
+                self._records[k][item.id] = data
+                self.summary.bytes += len(data)
             self.summary.encoded += 1
-            self.summary.bytes += len(data)
-        if len(self._records) >= _RECORDS_PER_PUT:
+            self._waiting_records += 1
+        if self._waiting_records >= _RECORDS_PER_PUT:
             self._put()
         self._on_progress(self.summary)
 
+    def _vectors(self, items: Sequence[Item]) -> list[dict[int, np.ndarray]]:
+        """Returns the vectors of each item by k."""
+        vectors = self._encoder.encode_all(items)
+        return [{k: vectors[k][number] for k in self._stores} for number in range(len(items))]
+
     def _put(self) -> None:
-        self._store.put(self._records)
-        self._records = {}
+        for k, store in self._stores.items():
+            store.put(self._records[k])
+            self._records[k] = {}
+        self._waiting_records = 0
 
     def _each(
         self, items: Sequence[Item], work: Callable[[Sequence[Item]], Iterable[Result]]

@@ -242,11 +242,9 @@ class Pipeline:
         _finished(train_compressor(self._compressor_training, self.compressed))
 
     def _encode(self) -> None:
-        items = self.jobs / "items.jsonl"
-        results = [
-            encode_file(self.compressed, items, str(self._store(k)), k=k, dtype="int8") | {"k": k} for k in self._ks
-        ]
-        self.encoded.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        stores = {k: str(self._store(k)) for k in self._ks}
+        result = encode_file(self.compressed, self.jobs / "items.jsonl", stores, dtype="int8")
+        self.encoded.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     def _store(self, k: int) -> Path:
         return self._out / f"store-k{k}"

@@ -54,7 +54,6 @@ class QuickstartSettings(Settings):
         "save_every=30",
         "evaluation_ks=[]",
         "compressor.ks=[1, 8]",
-        "curriculum.projector_steps=15",
         "curriculum.text_share=0.0",
         "losses.alignment=0.0",
         "losses.hidden_alignment=0.0",

@@ -28,7 +28,7 @@ class Catalogue:
 
     def put(self, items: Sequence[Item], k: int) -> Summary:
         """Encodes items into k vectors each and stores those that the store does not have yet; says what was done."""
-        return encode_catalogue(self.encoder, items, self._store, k=k, dtype=self._dtype)
+        return encode_catalogue(self.encoder, items, {k: self._store}, dtype=self._dtype)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Drops what is stored under these ids; returns how many there were."""

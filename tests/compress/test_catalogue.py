@@ -35,7 +35,7 @@ def write_items(path: Path, *rows: Item | dict[str, Any]) -> Path:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_item_is_there_with_its_own_vectors(store: Store, dtype: StorageDtype) -> None:
     encoder, catalogue = FakeEncoder(), items(700)
-    summary = encode_catalogue(encoder, iter(catalogue), store, k=4, dtype=dtype)
+    summary = encode_catalogue(encoder, iter(catalogue), {4: store}, dtype=dtype)
     assert (summary.encoded, summary.unchanged, summary.failed, summary.reasons) == (700, 0, 0, {})
     assert summary.bytes == 700 * record_bytes(4, 16, dtype)
     assert store.count() == 700
@@ -45,16 +45,35 @@ def test_every_item_is_there_with_its_own_vectors(store: Store, dtype: StorageDt
         np.testing.assert_allclose(found, encoder.vectors(item, 4), atol=0.15)
 
 
+def test_one_pass_serves_every_k(store: Store, tmp_path: Path) -> None:
+    encoder, catalogue = FakeEncoder(), items(300)
+    encode_catalogue(encoder, catalogue[:100], {1: store}, dtype="int8")
+    encoder.batches.clear()
+    with open_store(str(tmp_path / "other")) as other:
+        summary = encode_catalogue(encoder, catalogue, {1: store, 8: other}, dtype="int8")
+        assert (summary.encoded, summary.unchanged) == (300, 0)  # the first hundred were only in one of the stores
+        assert sum(encoder.batches) == 300
+        assert summary.bytes == 300 * (record_bytes(1, 16, "int8") + record_bytes(8, 16, "int8"))
+        for k, each in ((1, store), (8, other)):
+            [data] = each.get([catalogue[0].id])
+            assert data is not None
+            np.testing.assert_allclose(
+                unpack_record(data, identity()).vectors, encoder.vectors(catalogue[0], k), atol=0.15
+            )
+        again = encode_catalogue(encoder, catalogue, {1: store, 8: other}, dtype="int8")
+        assert (again.encoded, again.unchanged) == (0, 300)
+
+
 def test_passes_are_full_and_of_one_length(store: Store) -> None:
     class Strict(FakeEncoder):
-        def encode(self, items: Any, k: int) -> np.ndarray:
+        def encode_all(self, items: Any) -> dict[int, np.ndarray]:
             [shape] = {self.pass_shape(tokens) for tokens in self.token_counts(items)}
             assert len(items) <= shape[0]
             self.full = [*getattr(self, "full", []), len(items) == shape[0]]
-            return super().encode(items, k)
+            return super().encode_all(items)
 
     encoder = Strict()
-    encode_catalogue(encoder, items(3000), store, k=1, dtype="int8")
+    encode_catalogue(encoder, items(3000), {1: store}, dtype="int8")
     num_shapes = len({encoder.pass_shape(tokens) for tokens in range(1, 41)})
     assert encoder.full.count(False) <= num_shapes
     assert encoder.full.count(True) > 100
@@ -62,7 +81,7 @@ def test_passes_are_full_and_of_one_length(store: Store) -> None:
 
 def test_what_is_unchanged_is_skipped(store: Store) -> None:
     def encode(catalogue: list[Item], k: int = 4, dtype: StorageDtype = "int8", of: str = "encoder") -> tuple[int, int]:
-        summary = encode_catalogue(FakeEncoder(identity(of)), catalogue, store, k=k, dtype=dtype)
+        summary = encode_catalogue(FakeEncoder(identity(of)), catalogue, {k: store}, dtype=dtype)
         return summary.encoded, summary.unchanged
 
     catalogue = items(30)
@@ -93,7 +112,7 @@ def test_items_that_fail_are_counted_with_their_reason(store: Store) -> None:
         catalogue[number] = catalogue[number].model_copy(update={"text": text})
     catalogue.append(Item(id="x" * 512, text="words"))
     store.put({"item-70": packed()})
-    summary = encode_catalogue(Overflow(), catalogue, store, k=2, dtype="int8")
+    summary = encode_catalogue(Overflow(), catalogue, {2: store}, dtype="int8")
     assert (summary.encoded, summary.unchanged, summary.failed) == (295, 0, 6)
     assert summary.reasons == {
         "has no text": (2, "item-7"),
@@ -103,7 +122,7 @@ def test_items_that_fail_are_counted_with_their_reason(store: Store) -> None:
     }
     assert store.get(["item-7", "item-70"]) == [None, packed()]
     assert store.count() == 296
-    again = encode_catalogue(Overflow(), catalogue, store, k=2, dtype="int8")
+    again = encode_catalogue(Overflow(), catalogue, {2: store}, dtype="int8")
     assert (again.encoded, again.unchanged, again.failed) == (0, 295, 6)
 
 
@@ -111,7 +130,7 @@ def test_progress_is_told_after_each_pass(store: Store) -> None:
     encoder, done = FakeEncoder(), []
     catalogue = [*items(500), Item(id="empty", text="")]
     encode_catalogue(
-        encoder, catalogue, store, k=1, dtype="int8", on_progress=lambda summary: done.append(summary.done)
+        encoder, catalogue, {1: store}, dtype="int8", on_progress=lambda summary: done.append(summary.done)
     )
     assert len(done) >= len(encoder.batches)
     assert done == sorted(done)
@@ -120,10 +139,10 @@ def test_progress_is_told_after_each_pass(store: Store) -> None:
 
 def test_reasons_stay_few(store: Store) -> None:
     class Talkative(FakeEncoder):
-        def encode(self, items: Any, k: int) -> np.ndarray:
+        def encode_all(self, items: Any) -> dict[int, np.ndarray]:
             raise InputError(f"item 0: {items[0].id} is not nice")
 
-    summary = encode_catalogue(Talkative(), items(200), store, k=1, dtype="int8")
+    summary = encode_catalogue(Talkative(), items(200), {1: store}, dtype="int8")
     assert summary.failed == sum(count for count, _ in summary.reasons.values()) == 200
     assert len(summary.reasons) <= 51
     assert all(first in reason for reason, (_, first) in summary.reasons.items() if reason != "other reasons")
@@ -132,29 +151,29 @@ def test_reasons_stay_few(store: Store) -> None:
 
 def test_a_k_that_was_not_trained_is_refused(store: Store) -> None:
     with pytest.raises(InputError, match="k = 3: this compressor was trained for 1, 2, 4, 8, 16"):
-        encode_catalogue(FakeEncoder(), items(3), store, k=3, dtype="int8")
+        encode_catalogue(FakeEncoder(), items(3), {3: store}, dtype="int8")
     assert store.count() == 0
 
 
 def test_a_run_that_stops_goes_on_where_it_was(store: Store) -> None:
     class Stopping(FakeEncoder):
-        def encode(self, items: Any, k: int) -> np.ndarray:
+        def encode_all(self, items: Any) -> dict[int, np.ndarray]:
             if sum(self.batches) > 900:
                 raise KeyboardInterrupt
-            return super().encode(items, k)
+            return super().encode_all(items)
 
     with pytest.raises(KeyboardInterrupt):
-        encode_catalogue(Stopping(), items(2000), store, k=1, dtype="int8")
+        encode_catalogue(Stopping(), items(2000), {1: store}, dtype="int8")
     kept = store.count()
     assert 500 < kept < 1000
-    summary = encode_catalogue(FakeEncoder(), items(2000), store, k=1, dtype="int8")
+    summary = encode_catalogue(FakeEncoder(), items(2000), {1: store}, dtype="int8")
     assert (summary.encoded, summary.unchanged) == (2000 - kept, kept)
 
 
 def test_a_store_that_fails_stops_the_run(store: Store) -> None:
     store.close()
     with pytest.raises(StoreUnavailable):
-        encode_catalogue(FakeEncoder(), items(3), store, k=1, dtype="int8")
+        encode_catalogue(FakeEncoder(), items(3), {1: store}, dtype="int8")
 
 
 def test_the_catalogue_is_read_as_it_is_encoded(store: Store) -> None:
@@ -166,7 +185,7 @@ def test_the_catalogue_is_read_as_it_is_encoded(store: Store) -> None:
             ahead.append(number - sum(encoder.batches))
             yield items(1, start=number)[0]
 
-    assert encode_catalogue(encoder, stream(), store, k=1, dtype="int8").encoded == 6000
+    assert encode_catalogue(encoder, stream(), {1: store}, dtype="int8").encoded == 6000
     assert max(ahead) < 600
 
 
@@ -195,7 +214,7 @@ def test_command_line_encodes_a_file_once(run: Run, fake_encoder: FakeEncoder, t
     assert (summary["encoded"], summary["unchanged"], summary["failed"]) == (20, 0, 1)
     assert summary["reasons"] == [{"reason": "has no text", "items": 1, "first_id": "empty"}]
     assert summary["bytes"] == 20 * record_bytes(2, 16, "int8")
-    assert summary["store"] == str(tmp_path / "store")
+    assert summary["stores"] == {"2": str(tmp_path / "store")}
     assert summary["items_per_s"] > 0
     assert "1 of 21 items failed, 'empty' first: has no text" in stderr
     code, summary, _ = run(*arguments)

@@ -44,13 +44,17 @@ class FakeEncoder:
     """Vectors drawn from the hash of an item's text; refuses the texts that `refused` names.
 
     Attributes:
-        batches: the numbers of items of the calls of `encode`.
+        batches: the numbers of items of the calls of `encode_all`.
     """
 
-    ks = (1, 2, 4, 8, 16)
-
-    def __init__(self, of: RecordIdentity | None = None, width: int = 16, refused: str = "broken") -> None:
-        self.identity = of or identity()
+    def __init__(
+        self,
+        of: RecordIdentity | None = None,
+        width: int = 16,
+        refused: str = "broken",
+        ks: tuple[int, ...] = (1, 2, 4, 8, 16),
+    ) -> None:
+        self.identity, self.ks = of or identity(), ks
         self.width, self.refused = width, refused
         self.batches: list[int] = []
 
@@ -64,11 +68,11 @@ class FakeEncoder:
         length = 1 << max(2, (tokens - 1).bit_length())
         return 256 // length, length
 
-    def encode(self, items: Sequence[Item], k: int) -> np.ndarray:
+    def encode_all(self, items: Sequence[Item]) -> dict[int, np.ndarray]:
         self.batches.append(len(items))
         if any(item.text == self.refused for item in items):
             raise InputError("it is broken")
-        return np.stack([self.vectors(item, k) for item in items])
+        return {k: np.stack([self.vectors(item, k) for item in items]) for k in self.ks}
 
     def vectors(self, item: Item, k: int) -> np.ndarray:
         seed = int(source_sha256(item)[:8], 16)

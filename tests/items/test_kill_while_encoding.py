@@ -27,7 +27,7 @@ with open_store(sys.argv[1]) as store:
         print("put", flush=True)
         put(records)
     store.put = put_aloud
-    summary = encode_catalogue(FakeEncoder(width=256), items({COUNT}), store, k=8, dtype="int8")
+    summary = encode_catalogue(FakeEncoder(width=256, ks=(8,)), items({COUNT}), {{8: store}}, dtype="int8")
     print(summary.encoded, summary.unchanged, summary.failed)
 """
 
@@ -63,7 +63,7 @@ def test_every_record_is_readable_and_none_is_missing(
     assert 0 < counts[-1] < COUNT
     encoded, unchanged, failed = map(int, start(url).communicate(timeout=300)[0].splitlines()[-1].split())
     assert (encoded + unchanged, unchanged, failed) == (COUNT, counts[-1], 0)
-    encoder, catalogue = FakeEncoder(width=256), items(COUNT)
+    encoder, catalogue = FakeEncoder(width=256, ks=(8,)), items(COUNT)
     with open_store(url) as store:
         found = ItemVectors(store, identity()).get([item.id for item in catalogue])
         assert found.counts == {"found": COUNT}
