@@ -1,10 +1,11 @@
 """Embedding tokens against full text: nDCG@10 with paired intervals, tokens, speed, int8 records, slices, one plot.
 
     python scripts/compression_study.py --data demo/jobs --out study compressed compressed-last compressed-no-teacher
-    python scripts/compression_study.py --data demo/jobs --split bls --out study-bls compressed
+    python scripts/compression_study.py --data demo/jobs --split bls --full-text ranker --out study-bls compressed
 
-Each argument is a checkpoint of `jaxslm train compressor`, an arm of the study; the first one's ranker on full text is
-what all are compared with. Writes OUT/compression.json (a result file of `jaxslm report`) and OUT/compression.png.
+Each argument is a checkpoint of `jaxslm train compressor`, an arm of the study; all are compared with the ranker of
+--full-text, or with what the first one's ranker has become. Writes OUT/compression.json (a result file of `jaxslm
+report`) and OUT/compression.png.
 """
 
 import argparse
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with items and queries")
     parser.add_argument("--split", default="dev")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--full-text", type=Path, metavar="CHECKPOINT", help="the ranker that the arms were made from")
     parser.add_argument("--limit", type=int, help="queries, a fixed sample; all if not given")
     parser.add_argument("--candidates", type=int, default=50, help="BM25 candidates beside the judged items")
     parser.add_argument("--repeats", type=int, default=3, help="warm passes of the speed measurement")
@@ -55,7 +57,13 @@ def main() -> None:
     with new_folder(options.out) as folder:
         items, queries = read_split(options.data, options.split)
         result = study(
-            options.arms, items, queries, candidates=options.candidates, limit=options.limit, repeats=options.repeats
+            options.arms,
+            items,
+            queries,
+            full_text=options.full_text,
+            candidates=options.candidates,
+            limit=options.limit,
+            repeats=options.repeats,
         )
         result |= {"data": str(options.data), "split": options.split}
         (folder / "compression.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -78,7 +78,7 @@ class Arm:
     def tokens_per_item(self, items: Sequence[Item], k: int | None) -> float:
         """Returns the mean number of places that an item takes behind the query; k None: as full text."""
         if k is None:
-            return float(np.mean([len(ids) for ids in self.ranker.prompt.encode("any", items).item_ids]))
+            return _text_tokens(self.ranker, items)
         config = self.encoder.config
         texts = self.ranker.prompt.text_ids([text_of(item, config.text_fields) for item in items])
         beside = np.mean([min(len(ids), config.max_text_tokens) for ids in texts])
@@ -90,40 +90,60 @@ def study(
     items: Mapping[str, Item],
     queries: Sequence[Query],
     *,
+    full_text: Path | None = None,
     candidates: int = 50,
     limit: int | None = None,
     repeats: int = 3,
 ) -> dict[str, Any]:
     """Returns a result file: per arm a row on full text, one for each k, and the largest k from int8 records.
 
-    A row's "minus_text" is its nDCG@10 minus that of the first arm's ranker on full text, paired by query, with its
-    95 % interval; "slices" holds the same within the queries of each slice. Items per second are of one query with all
-    items, the median of `repeats` warm passes, arms and text in turns.
+    A row's "minus_text" is its nDCG@10 minus that of full text, paired by query, with its 95 % interval; "slices" holds
+    the same within the queries of each slice. Items per second are of one query with all items, the median of `repeats`
+    warm passes, the rows of an arm in turns.
+
+    Args:
+        full_text: the ranker whose full text is the reference, with a row of its own: what the arms were made from. If
+            None it is the first arm's ranker, which training has changed.
 
     Raises:
-        InputError: a folder is no checkpoint with a compressor, or the data break a rule.
+        InputError: a folder is no checkpoint, one of `arms` has no compressor, or the data break a rule.
     """
     rows: list[dict[str, Any]] = []
     reference: Report | None = None
+    listed = list(items.values())
+
+    def add(name: str, score: Score, row: dict[str, Any]) -> None:
+        nonlocal reference
+        report = evaluate_ranker(score, queries, items, k=candidates, limit=limit, name=name)
+        reference = reference or report
+        by_slice = slices_of([query for query in queries if query.query_id in report.run], items)
+        rows.append(
+            report.to_json()
+            | row
+            | {"minus_text": _difference(_paired(report, reference, by_slice["all"]))}
+            | {"slices": _slices(report, reference, by_slice)}
+        )
+
+    if full_text is not None:
+        ranker = load(full_text)
+
+        def read(query: str, chosen: list[Item]) -> np.ndarray:
+            return ranker.score_request(query, chosen).log_odds
+
+        [speed] = items_per_s([read], queries[0].query, listed, repeats)
+        shared: dict[str, Any] = {"arm": full_text.name, "k": None, "records": None}
+        add(f"{full_text.name}, text", read, shared | _cost(_text_tokens(ranker, listed), speed))
     for arm in (Arm.load(path, items) for path in arms):
         largest = max(arm.vectors)
         runs: dict[tuple[int | None, StorageDtype], Score] = {(None, "float32"): arm.score_text}
         for each in arm.vectors:
             runs[each, "float32"] = arm.score(each)
         runs[largest, "int8"] = arm.score(largest, "int8")
-        speeds = items_per_s(list(runs.values()), queries[0].query, list(items.values()), repeats)
+        speeds = items_per_s(list(runs.values()), queries[0].query, listed, repeats)
         for (k, dtype), speed in zip(runs, speeds, strict=True):
             name = f"{arm.name}, {'text' if k is None else f'k = {k}'}{', int8' if dtype == 'int8' else ''}"
-            report = evaluate_ranker(runs[k, dtype], queries, items, k=candidates, limit=limit, name=name)
-            reference = reference or report
-            by_slice = slices_of([query for query in queries if query.query_id in report.run], items)
-            rows.append(
-                report.to_json()
-                | {"arm": arm.name, "k": k, "records": None if k is None else dtype}
-                | {"tokens_per_item": arm.tokens_per_item(list(items.values()), k), "items_per_s": round(speed, 2)}
-                | {"minus_text": _difference(_paired(report, reference, by_slice["all"]))}
-                | {"slices": _slices(report, reference, by_slice)}
-            )
+            shared = {"arm": arm.name, "k": k, "records": None if k is None else dtype}
+            add(name, runs[k, dtype], shared | _cost(arm.tokens_per_item(listed, k), speed))
     conditions = reference.conditions() if reference is not None else {}
     return {"rows": rows, "conditions": conditions | {"slices": SLICES, "speed_items": len(items)}}
 
@@ -153,6 +173,14 @@ def items_per_s(scores: Sequence[Score], query: str, items: list[Item], repeats:
             score(query, items)
             seconds[repeat, number] = time.perf_counter() - start
     return [float(each) for each in len(items) / np.median(seconds[1:], axis=0)]  # the first pass compiles
+
+
+def _text_tokens(ranker: Ranker, items: Sequence[Item]) -> float:
+    return float(np.mean([len(ids) for ids in ranker.prompt.encode("any", items).item_ids]))
+
+
+def _cost(tokens_per_item: float, speed: float) -> dict[str, float]:
+    return {"tokens_per_item": tokens_per_item, "items_per_s": round(speed, 2)}
 
 
 def _words(text: str) -> set[str]:

@@ -46,12 +46,12 @@ class QuickstartSettings(Settings):
     """
 
     recipe: RecipeSettings = RecipeSettings()
-    encoder: Overrides = ("steps=60",)
-    ranker: Overrides = ("steps=30", "save_every=15")
-    recover: Overrides = ("steps=15", "save_every=15", "optimiser.warmup_steps=2")
+    encoder: Overrides = ("steps=56",)
+    ranker: Overrides = ("steps=15", "save_every=15")
+    recover: Overrides = ("steps=10", "save_every=10", "optimiser.warmup_steps=2")
     compressor: Overrides = (
-        "steps=60",
-        "save_every=30",
+        "steps=50",
+        "save_every=25",
         "evaluation_ks=[]",
         "compressor.ks=[1, 8]",
         "curriculum.text_share=0.0",

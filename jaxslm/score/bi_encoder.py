@@ -13,9 +13,10 @@ from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.layout import Rows
 from jaxslm.prompt import Prompt
 
-# So many items are encoded together, or as many as make so many tokens; lengths are rounded up to so many.
+# So many items are encoded together, or as many as make so many tokens: a query often brings only a dozen new items,
+# and a CPU is fastest at about a thousand tokens. Lengths are rounded up to so many.
 _ROWS = 64
-_TOKENS = 8192
+_TOKENS = 1024
 _STEP = 16
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxslm.data_files import Item, Judged, Query
-from jaxslm.evaluate.compression import SLICES, slices_of
+from jaxslm.evaluate.compression import SLICES, slices_of, study
 from tests.compress.tiny_compressor import compressor_checkpoint
 from tests.train.toy import write_toy_data
 
@@ -63,3 +63,17 @@ def test_the_script_writes_rows_and_a_plot(
     assert [row["tokens_per_item"] for row in others] == [2, 3, 3]
     assert text["tokens_per_item"] > 15
     assert (tmp_path / "study" / "compression.png").stat().st_size > 1000
+
+
+def test_arms_are_compared_with_the_ranker_that_is_named(tmp_path: Path) -> None:
+    items = {str(number): Item(id=str(number), text=f"text {number}") for number in range(8)}
+    judged = (Judged(id="1", label=1.0), Judged(id="5", label=0.5))
+    queries = [Query(query_id=name, query=f"text {name}", items=judged) for name in "ab"]
+    arm = compressor_checkpoint(tmp_path / "arm", ks=(1, 2))
+    other = compressor_checkpoint(tmp_path / "other", ks=(1,), seed=1)
+    rows = study([arm], items, queries, full_text=other, candidates=8, repeats=1)["rows"]
+    assert [row["name"] for row in rows][:2] == ["other, text", "arm, text"]
+    assert rows[0]["minus_text"]["mean"] == 0
+    assert rows[0]["tokens_per_item"] == rows[1]["tokens_per_item"] > rows[2]["tokens_per_item"]
+    for row in rows:
+        assert row["minus_text"]["mean"] == pytest.approx(row["ndcg_at_10"] - rows[0]["ndcg_at_10"])
