@@ -1,9 +1,12 @@
 """Heads over normed final states. Scoring reads two rows of the vocabulary head, never all V of them."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxslm.model.decoder import Params
+
+_ROWS_AT_ONCE = 256
 
 
 def vocab_rows(params: Params) -> Float[Array, "V D"]:
@@ -30,3 +33,15 @@ def vocab_logits(hidden: Float[Array, "*n D"], params: Params) -> Float[Array, "
     """Returns the logits of every token in float32, for training on text. Cost: 2 D V FLOP per state."""
     rows_VD = vocab_rows(params).astype(hidden.dtype)
     return jnp.einsum("...D,VD->...V", hidden, rows_VD, preferred_element_type=jnp.float32)
+
+
+def log_normalisers(hidden_BD: Float[Array, "B D"], params: Params) -> Float[Array, " B"]:
+    """Returns log sum_v exp(z_v) over the whole vocabulary, float32: z less this is a token's log-probability.
+
+    Cost: 2 D V FLOP per row; logits of a few hundred rows exist at a time.
+    """
+    return jnp.asarray(
+        jax.lax.map(
+            lambda hidden_D: jax.nn.logsumexp(vocab_logits(hidden_D, params)), hidden_BD, batch_size=_ROWS_AT_ONCE
+        )
+    )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import prefix_item_attention as packed
-from pallas_kernels.dispatch import XLA
+from pallas_kernels.dispatch import XLA, target_device
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -89,6 +89,11 @@ class Rows:
         return masked_attention(q[:, None], k, v, self._valid_BT[:, None, :])[:, 0]
 
 
+LONG_PREFIX = 128
+"""From so many tokens on, a prefix that several rows name attends to itself only once, on a CPU. A GPU would wait for
+the host to decide it."""
+
+
 class SharedPrefix:
     """Requests packed flat: each request's prefix once, then its items, which see the prefix and, causally, themselves.
 
@@ -122,8 +127,13 @@ class SharedPrefix:
         item_length_RJ = jnp.sum(items_RJT < num_tokens, axis=2, dtype=jnp.int32)
         self._prefix_length_R, self._item_length_RJ = prefix_length_R, item_length_RJ
         self._last_RJ = jnp.maximum(item_length_RJ - 1, 0)
+        starts_R = self._prefix_starts()
+        repeats_R = jnp.any(jnp.tril(starts_R[:, None] == starts_R[None], k=-1) & (prefix_length_R > 0), axis=1)
+        self._new_R = (prefix_length_R > 0) & ~repeats_R
+        self._attends_once = R > 1 and P >= LONG_PREFIX and target_device()[0] == "cpu"
         # Where each flat token stands in the unfolded prefixes and items, laid end to end; padding tokens take place 0.
-        places = jnp.concatenate([prefix_RP.reshape(-1), items_RJT.reshape(-1)])
+        first_RP = jnp.where(self._new_R[:, None], prefix_RP, num_tokens)
+        places = jnp.concatenate([first_RP.reshape(-1), items_RJT.reshape(-1)])
         self._unfolded_M = (
             jnp.zeros(num_tokens, jnp.int32).at[places].set(jnp.arange(places.size, dtype=jnp.int32), mode="drop")
         )
@@ -138,7 +148,7 @@ class SharedPrefix:
 
     def _attend_unfolded(self, q: Array, k: Array, v: Array) -> Array:
         k_RKPH, v_RKPH = self._prefixes(k), self._prefixes(v)
-        prefix_out = causal_attention(self._prefixes(q), k_RKPH, v_RKPH)
+        prefix_out = self._attend_prefixes(self._prefixes(q), k_RKPH, v_RKPH)
         item_out = prefix_item_attention(
             self._items(q), k_RKPH, v_RKPH, self._prefix_valid_RP, self._items(k), self._items(v)
         )
@@ -146,6 +156,19 @@ class SharedPrefix:
         prefix_out = jnp.moveaxis(prefix_out, 1, 2).reshape(-1, *heads)
         item_out = jnp.moveaxis(item_out, 1, 3).reshape(-1, *heads)
         return jnp.concatenate([prefix_out, item_out])[self._unfolded_M]
+
+    def _attend_prefixes(self, q_RKPGH: Array, k_RKPH: Array, v_RKPH: Array) -> Array:
+        """Causal attention in each prefix; of a row that repeats a long one any values, as nothing reads them."""
+        if not self._attends_once:
+            return causal_attention(q_RKPGH, k_RKPH, v_RKPH)
+
+        def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:
+            new, *qkv = row
+            return jax.lax.cond(
+                new, lambda: causal_attention(*(x[None] for x in qkv))[0], lambda: jnp.zeros_like(qkv[0])
+            )
+
+        return jnp.asarray(jax.lax.map(attend_row, (self._new_R, q_RKPGH, k_RKPH, v_RKPH)))
 
     def read(self, x: Array) -> Array:
         """[M, ...] -> [R, J, ...]: the last token of each item."""

@@ -14,7 +14,8 @@ ITEM_EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 30
 PREFIX_EDGES = (64, 256, 1024)
 
 SLOT_TOKENS = 64
-"""Items of fewer tokens share rows of about this many, so that products with the prefix are not tiny."""
+"""Items of fewer tokens share rows of about this many, or half the prefix if that is more: products with the prefix are
+not tiny then, and the copies of a prefix, one a row, not many times what they are for."""
 
 
 def make_bucket(tokens: int, prefix: int, item: int, shortest: int, vectors_per_item: int = 0) -> Bucket:
@@ -23,7 +24,7 @@ def make_bucket(tokens: int, prefix: int, item: int, shortest: int, vectors_per_
     Args:
         shortest: length of the shortest items it should hold enough of to be full.
     """
-    per_row = max(1, SLOT_TOKENS // item)
+    per_row = max(1, max(SLOT_TOKENS, prefix // 2) // item)
     slots = max(1, tokens // max(shortest, 1))
     return Bucket(
         tokens=tokens,

@@ -93,7 +93,7 @@ class Preparer:
         self._catalogue, self._cache = catalogue, cache
         # All that a score depends on, beside query and item: weights, prompt, and how they are used.
         identity = ranker.manifest.model_dump_json(include={"params_sha256", "template_sha256", "ranker", "compressor"})
-        self._model = f"{identity} {ranker.dtype}"
+        self._model = f"{identity} {ranker.dtype} {ranker.whole_vocabulary}"
         buckets = ranker.scorer.buckets.buckets
         self._ks = sorted({bucket.vectors_per_item for bucket in buckets} - {0})
 

@@ -47,7 +47,9 @@ class ScoreRequest(Body):
         None, description="labels of `scores`: the ranker's ids of no and yes, any of them, in any order"
     )
     apply_softmax: bool = Field(
-        False, description="must be true with `label_token_ids`: probabilities among these labels are all there are"
+        False,
+        description="with `label_token_ids`: true: probabilities among these labels; false: among the whole vocabulary,"
+        " if the server's setting `whole_vocabulary` is on",
     )
     item_first: bool = Field(False, description="item before query; only for token ids and own prompts")
     embed_override_token_id: TokenId | None = Field(None, description="token whose places the overrides fill")

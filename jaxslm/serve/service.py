@@ -14,7 +14,7 @@ import numpy as np
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
-from jaxslm.score.scorer import Scores
+from jaxslm.score.scorer import Ranker, Scores
 from jaxslm.serve.batcher import Batcher, DeadlineError, DeviceError, Job
 from jaxslm.serve.catalogue import Catalogue
 from jaxslm.serve.engine import Engine
@@ -101,7 +101,7 @@ class Service:
 
             def prepare() -> tuple[ScoreRequest, Prepared]:
                 body = parse()
-                _check_labels(body, model.ranker.label_token_ids)
+                _check_labels(body, model.ranker)
                 return body, model.preparer.score(body)
 
             body, prepared = await self._run(model.batcher, call, prepare, gone)
@@ -282,8 +282,11 @@ def _score_response(model: ServedModel, body: ScoreRequest, prepared: Prepared) 
     labels = tuple(body.label_token_ids or no_yes)
     known = ~np.isnan(prepared.logits[:, 0])
     chosen = prepared.logits[:, [no_yes.index(label) for label in labels]].astype(np.float64)
-    exps = np.exp(chosen - chosen.max(axis=1, keepdims=True)) if len(chosen) else chosen
-    scores = exps / exps.sum(axis=1, keepdims=True)
+    if body.label_token_ids is not None and not body.apply_softmax:
+        scores = np.exp(chosen)  # the ranker's logits are log-probabilities among the whole vocabulary then
+    else:
+        exps = np.exp(chosen - chosen.max(axis=1, keepdims=True)) if len(chosen) else chosen
+        scores = exps / exps.sum(axis=1, keepdims=True)
     log_odds = Scores(prepared.logits, prepared.truncated).log_odds
     calibration = model.ranker.manifest.calibration
     return ScoreResponse(
@@ -335,18 +338,19 @@ def _rerank_response(
     )
 
 
-def _check_labels(body: ScoreRequest, no_yes: tuple[int, int]) -> None:
-    """Refuses labels that the ranker has no row for, and probabilities that need the whole vocabulary."""
+def _check_labels(body: ScoreRequest, ranker: Ranker) -> None:
+    """Refuses labels that the ranker computes no row for, and probabilities that it was not started for."""
+    no_yes = ranker.label_token_ids
     if body.label_token_ids is None:
         return
     if not body.label_token_ids or not set(body.label_token_ids) <= set(no_yes):
         raise invalid(
             f"label_token_ids: this ranker has rows for {no_yes[0]} (no) and {no_yes[1]} (yes) alone", "label_token_ids"
         )
-    if not body.apply_softmax:
+    if not body.apply_softmax and not ranker.whole_vocabulary:
         raise invalid(
-            "apply_softmax: must be true: false asks for probabilities among the whole vocabulary, and this ranker"
-            " computes those of its two labels alone",
+            "apply_softmax: must be true: false asks for probabilities among the whole vocabulary, and this server"
+            " computes those of its two labels alone (its setting whole_vocabulary)",
             "apply_softmax",
         )
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxslm.config import ModelConfig
 from jaxslm.model.decoder import Decoder, Params, abstract_params, init_params
-from jaxslm.model.head import label_logits, label_rows, log_odds, vocab_logits
+from jaxslm.model.head import label_logits, label_rows, log_normalisers, log_odds, vocab_logits
 from jaxslm.model.layers import rope_frequencies, rotate
 from jaxslm.model.layout import Rows
 from tests.tiny import LLAMA3_SCALING, TINY_CONFIGS, VOCAB_SIZE, tiny_config, tiny_params
@@ -137,6 +137,9 @@ def test_heads_agree(name: str) -> None:
     both = label_logits(states, rows)
     np.testing.assert_allclose(both, everything[:, np.array([17, 4])], rtol=0, atol=1e-5)
     np.testing.assert_allclose(log_odds(states, rows), both[:, 1] - both[:, 0], rtol=0, atol=1e-5)
+    many = jnp.tile(states, (150, 1))  # more than are computed at once, and no multiple of that
+    expected = np.tile(np.log(np.exp(np.asarray(everything, np.float64)).sum(axis=1)), 150)
+    np.testing.assert_allclose(log_normalisers(many, params), expected, rtol=1e-6)
 
 
 def test_numbers_of_bfloat16_compute() -> None:

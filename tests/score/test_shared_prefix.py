@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from jaxslm.compress.splice import splice
 from jaxslm.config import Bucket, BucketConfig
+from jaxslm.model import layout
+from jaxslm.model.layout import LONG_PREFIX, causal_attention
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
 from jaxslm.score.packing import PackRequest
 from jaxslm.score.warmup import compilations, warm_up
@@ -39,10 +41,10 @@ def scorer(name: str) -> CompiledScorer:
     return one
 
 
-def padded_logits(name: str, rows: list[list[int]]) -> np.ndarray:
+def padded_logits(name: str, rows: list[list[int]], length: int = 24) -> np.ndarray:
     """The reference path: whole rows of a fixed shape, one after another."""
     config = TINY_CONFIGS[name]
-    tokens, valid = np.zeros((64, 24), np.int32), np.zeros((64, 24), bool)
+    tokens, valid = np.zeros((64, length), np.int32), np.zeros((64, length), bool)
     for slot, row in enumerate(rows):
         tokens[slot, : len(row)], valid[slot, : len(row)] = row, True
     score_fn = make_score_fn(tiny_ranker_config(config), dtype=jnp.float32)
@@ -71,6 +73,32 @@ def test_packed_requests_equal_separate_rows_and_nothing_compiles(
     assert compilations() == before
     expected = padded_logits(name, [[*prefix, *item] for prefix, items in requests for item in items])
     np.testing.assert_allclose(found, expected, **TIGHT)
+
+
+def test_long_prefixes_that_rows_repeat_attend_to_themselves_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, random = NAMES[0], np.random.default_rng(0)
+    bucket = Bucket(tokens=384, rows=8, prefix_tokens=LONG_PREFIX + 22, items_per_row=2, item_tokens=6)
+    buckets = BucketConfig(buckets=(bucket,), overhead_tokens=4)
+    config = TINY_CONFIGS[name]
+    one = CompiledScorer(
+        tiny_ranker_config(config), tiny_params(config), devices=jax.local_devices()[:1], buckets=buckets
+    )
+    prefixes = [random.integers(VOCAB_SIZE, size=length).tolist() for length in (150, 0, 7, 129)]
+    requests = [PackRequest(prefix, random.integers(VOCAB_SIZE, size=(5, 6)).tolist()) for prefix in prefixes]
+    attended: list[int] = []
+
+    def count(q: Any, k: Any, v: Any) -> Any:
+        jax.debug.callback(lambda q: attended.append(len(q)), q)
+        return causal_attention(q, k, v)
+
+    monkeypatch.setattr(layout, "causal_attention", count)
+    found = one.logits(requests)
+    rows = [[*request.prefix_ids, *item] for request in requests for item in request.item_ids]
+    np.testing.assert_allclose(found, padded_logits(name, rows, length=160), **TIGHT)
+    jax.effects_barrier()
+    passes = len(list(one.packer.pack(requests, 1)))
+    assert set(attended) == {1}
+    assert len(attended) <= config.num_layers * (len(requests) + passes - 1)  # a request may go on in another pass
 
 
 def test_a_request_scores_the_same_alone_and_among_others() -> None:

@@ -7,15 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxslm.config import Calibration
+from jaxslm.model.decoder import Decoder
+from jaxslm.model.head import vocab_logits
+from jaxslm.model.layout import Rows
 from jaxslm.score.packing import PackRequest
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.run import Server
-from tests.serve.tiny_server import ADMIN, metric
+from jaxslm.serve.settings import ServeSettings
+from tests.serve.tiny_server import ADMIN, metric, running
 
 TOLERANCE = 1e-6
 """XLA adds up differently in passes of different shape or content: the same item in another pass differs in its last
@@ -293,7 +299,24 @@ def test_rules_of_score_requests(server: Server, body: Any, status: int) -> None
 
 def test_labels_that_need_the_whole_vocabulary_are_refused(server: Server, ranker: Ranker) -> None:
     body = {"query": "x", "items": ["y"], "label_token_ids": list(ranker.label_token_ids)}
-    assert "whole vocabulary" in refused(post(server, "/v1/score", body), 400)
+    assert "whole_vocabulary" in refused(post(server, "/v1/score", body), 400)
+
+
+def test_a_server_started_for_it_answers_sglangs_default(files: dict[str, Any], ranker: Ranker) -> None:
+    no, yes = ranker.label_token_ids
+    body = {"query": [7, 8], "items": [[5, 17, 9], [3, 4, 6]], "label_token_ids": [yes, no]}
+    rows = jnp.array([[7, 8, 5, 17, 9], [7, 8, 3, 4, 6]])
+    states: Any = Decoder(ranker.config.model).apply({"params": ranker.params}, rows, Rows(jnp.ones(rows.shape, bool)))
+    expected = np.asarray(jax.nn.softmax(vocab_logits(states, ranker.params), axis=1))[:, [yes, no]]
+    with running(ServeSettings(**files, whole_vocabulary=True)) as server:
+        answer = ok(post(server, "/v1/score", body))
+        np.testing.assert_allclose(answer["scores"], expected, rtol=1e-5)
+        labels_alone = ok(post(server, "/v1/score", body | {"apply_softmax": True}))
+        assert np.sum(labels_alone["scores"], axis=1) == pytest.approx(1)
+        np.testing.assert_allclose(
+            labels_alone["logits"], np.log(expected[:, 0]) - np.log(expected[:, 1]), rtol=0, atol=1e-5
+        )
+        assert metric(server.url, "jaxslm_compilations_after_ready") == 0
 
 
 def test_vectors_in_the_batch_do_not_touch_texts(server: Server, ranker: Ranker) -> None:
