@@ -166,6 +166,8 @@ def _warm(scorer: CompiledScorer, requests: Sequence[PackRequest]) -> list[Forwa
 def growth_plot(curve: Curve, rows: Sequence[dict[str, Any]]) -> Drawing:
     """Returns items/s against the curve's axis, and dashed what arithmetic alone makes of each line's fastest point."""
     lines = {shape.name: [row for row in rows if row["line"] == shape.name] for shape in curve.shapes}
+    logs = np.log([[row["items_per_s"] for row in points] for points in lines.values()])
+    apart = int(np.argmax(np.ptp(logs, axis=0))) if len(logs) > 1 else len(curve.values) // 2  # where names have room
 
     def plot(axes: "Axes") -> None:
         from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -187,7 +189,9 @@ def growth_plot(curve: Curve, rows: Sequence[dict[str, Any]]) -> Drawing:
                 dashes=(5, 3),
                 zorder=0,
             )
-            axes.annotate(name, (places[-1], rates[-1]), (0, 7), textcoords="offset points", ha="right", va="bottom")
+            label = (places[apart], rates[apart])
+            side = "right" if apart else "left"
+            axes.annotate(name, label, (-3, -8), textcoords="offset points", ha=side, va="top")
 
     said = "; ".join(
         f"{name}: " + ", ".join(f"{row['items_per_s']:,.3g} at {row['at']}" for row in points)
