@@ -211,8 +211,7 @@ class _Run:
         self._encoder, self._stores, self._dtype = encoder, stores, dtype
         self._on_progress = on_progress
         self._waiting: dict[tuple[int, int], list[Item]] = {}
-        self._records: dict[int, dict[str, bytes]] = {k: {} for k in stores}
-        self._waiting_records = 0
+        self._records: dict[str, dict[int, bytes]] = {}
         self.summary = Summary()
 
     def add(self, items: Sequence[Item]) -> None:
@@ -268,12 +267,10 @@ class _Run:
             except InputError as error:
                 self.summary.fail(item, error)
                 continue
-            for k, data in records.items():
-                self._records[k][item.id] = data
-                self.summary.bytes += len(data)
+            self._records[item.id] = records
             self.summary.encoded += 1
-            self._waiting_records += 1
-        if self._waiting_records >= _RECORDS_PER_PUT:
+            self.summary.bytes += sum(map(len, records.values()))
+        if len(self._records) >= _RECORDS_PER_PUT:
             self._put()
         self._on_progress(self.summary)
 
@@ -284,9 +281,8 @@ class _Run:
 
     def _put(self) -> None:
         for k, store in self._stores.items():
-            store.put(self._records[k])
-            self._records[k] = {}
-        self._waiting_records = 0
+            store.put({item_id: records[k] for item_id, records in self._records.items()})
+        self._records = {}
 
     def _each(
         self, items: Sequence[Item], work: Callable[[Sequence[Item]], Iterable[Result]]

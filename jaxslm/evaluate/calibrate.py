@@ -63,12 +63,7 @@ def calibrate_checkpoint(
     items, queries = read_split(data, split)
     from jaxslm.score.scorer import load
 
-    ranker = load(model)
-
-    def score(query: str, chosen: list[Item]) -> Any:
-        return ranker.score_request(query, chosen).log_odds
-
-    fitting, measuring = held_out_pairs(score, sample_queries(queries, limit), items, k)
+    fitting, measuring = held_out_pairs(load(model).log_odds, sample_queries(queries, limit), items, k)
     calibration = FITS[method](fitting.logits, fitting.labels)
     reports = {
         "before": calibration_report(Calibration().apply(measuring.logits), measuring.labels),

@@ -29,13 +29,9 @@ def read_split(data: Path, split: str) -> tuple[dict[str, Item], list[Query]]:
 def evaluate_loaded(
     ranker: Ranker, data: Path, split: str, *, name: str, candidates: int = 50, limit: int | None = None
 ) -> Report:
-    """Ranks the candidates of a split's queries by log-odds: the order of P(yes), but without ties near 0 and 1."""
+    """Ranks the candidates of a split's queries by log-odds."""
     items, queries = read_split(data, split)
-
-    def score(query: str, chosen: list[Item]) -> Any:
-        return ranker.score_request(query, chosen).log_odds
-
-    return evaluate_ranker(score, queries, items, k=candidates, limit=limit, name=name)
+    return evaluate_ranker(ranker.log_odds, queries, items, k=candidates, limit=limit, name=name)
 
 
 def evaluate_bi_encoder(

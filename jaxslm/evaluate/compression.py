@@ -71,10 +71,6 @@ class Arm:
 
         return score
 
-    def score_text(self, query: str, items: list[Item]) -> np.ndarray:
-        """Log-odds of the same ranker on full text."""
-        return self.ranker.score_request(query, items).log_odds
-
     def tokens_per_item(self, items: Sequence[Item], k: int | None) -> float:
         """Returns the mean number of places that an item takes behind the query; k None: as full text."""
         if k is None:
@@ -126,16 +122,12 @@ def study(
 
     if full_text is not None:
         ranker = load(full_text)
-
-        def read(query: str, chosen: list[Item]) -> np.ndarray:
-            return ranker.score_request(query, chosen).log_odds
-
-        [speed] = items_per_s([read], queries[0].query, listed, repeats)
+        [speed] = items_per_s([ranker.log_odds], queries[0].query, listed, repeats)
         shared: dict[str, Any] = {"arm": full_text.name, "k": None, "records": None}
-        add(f"{full_text.name}, text", read, shared | _cost(_text_tokens(ranker, listed), speed))
+        add(f"{full_text.name}, text", ranker.log_odds, shared | _cost(_text_tokens(ranker, listed), speed))
     for arm in (Arm.load(path, items) for path in arms):
         largest = max(arm.vectors)
-        runs: dict[tuple[int | None, StorageDtype], Score] = {(None, "float32"): arm.score_text}
+        runs: dict[tuple[int | None, StorageDtype], Score] = {(None, "float32"): arm.ranker.log_odds}
         for each in arm.vectors:
             runs[each, "float32"] = arm.score(each)
         runs[largest, "int8"] = arm.score(largest, "int8")

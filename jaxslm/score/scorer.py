@@ -110,6 +110,10 @@ class Ranker:
         """
         return self.score_request(query, items).probabilities
 
+    def log_odds(self, query: str, items: Sequence[str | Item]) -> np.ndarray:
+        """Returns z_yes - z_no for each item, float32: the order of `score` without ties near 0 and 1; raises as it."""
+        return self.score_request(query, items).log_odds
+
     def score_request(self, query: str, items: Sequence[str | Item]) -> Scores:
         """Returns logits and truncation flags of one request; raises as `score`."""
         return self.score_encoded(self.prompt.encode(query, items))

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxslm.checkpoint import Checkpoint
 from jaxslm.config import RankerConfig
-from jaxslm.data_files import Item
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_rows, log_odds
 from jaxslm.progress import console
@@ -148,11 +146,7 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
 
     def evaluate(params: Params) -> dict[str, float]:
         ranker = Ranker(Checkpoint(start.manifest, params, start.tokenizer_files), dtype)
-
-        def score(query: str, items: list[Item]) -> np.ndarray:
-            return ranker.score_request(query, items).log_odds
-
-        return held_out.evaluate(score)
+        return held_out.evaluate(ranker.log_odds)
 
     task = Task(
         kind="ranker",
