@@ -7,7 +7,9 @@ from pathlib import Path
 from jaxslm.demo.postings import posting, read_occupations, read_work_activities
 from jaxslm.demo.queries import (
     GradedQuery,
+    in_order,
     minor_group,
+    own_title_queries,
     qrels_lines,
     query_record,
     split_groups,
@@ -19,7 +21,7 @@ from jaxslm.demo.queries import (
 def write_jobs(
     folder: Path, *, occupations_text: str, tasks_text: str, titles: Mapping[str, Mapping[str, str]]
 ) -> dict[str, int]:
-    """Writes items.jsonl, {train,dev,bls}.{jsonl,qrels} and split.json; the same input gives the same bytes.
+    """Writes items.jsonl, {train,dev,dev-titles,bls}.{jsonl,qrels} and split.json; same input, same bytes.
 
     Args:
         folder: an existing folder.
@@ -44,10 +46,13 @@ def write_jobs(
         "dev_items": sum(minor_group(code) in dev_groups for code in codes),
         **{f"dropped_{reason}": count for reason, count in queries.dropped.items()},
     }
-    for name, side in (("train", queries.train), ("dev", queries.dev)):
+    bls = title_queries(occupations, titles)
+    train_titles, dev_titles = own_title_queries(occupations, [query.query for query in bls])
+    for name, side in (("train", in_order([*queries.train, *train_titles])), ("dev", queries.dev)):
         counts |= _write_queries(folder, name, side)
-        counts |= {f"{name}_{kind}_queries": _count_kind(side, kind) for kind in ("task", "dwa")}
-    counts |= _write_queries(folder, "bls", title_queries(occupations, titles))
+        counts |= {f"{name}_{kind}_queries": _count_kind(side, kind) for kind in ("task", "dwa", "title")}
+    counts |= _write_queries(folder, "dev-titles", dev_titles)
+    counts |= _write_queries(folder, "bls", bls)
     split = json.dumps({"train_groups": train_groups, "dev_groups": dev_groups}, indent=1)
     (folder / "split.json").write_text(split + "\n", encoding="utf-8")
     return counts

@@ -83,10 +83,33 @@ def task_and_activity_queries(
         else:
             side = result.dev if True in sides else result.train
             side.append(GradedQuery(query_id, text, grade_postings(relevant, codes)))
-    # An order by hash makes the first n lines of a file a fair sample of it.
-    result.train.sort(key=lambda query: _hash(query.query_id))
-    result.dev.sort(key=lambda query: _hash(query.query_id))
-    return result
+    return SplitQueries(in_order(result.train), in_order(result.dev), result.dropped)
+
+
+def in_order(queries: Iterable[GradedQuery]) -> list[GradedQuery]:
+    """Returns the queries in the order of a file: by hash, which makes its first n lines a fair sample of it."""
+    return sorted(queries, key=lambda query: _hash(query.query_id))
+
+
+def own_title_queries(
+    occupations: Sequence[Occupation], kept_out: Iterable[str]
+) -> tuple[list[GradedQuery], list[GradedQuery]]:
+    """Returns the titles of the postings of both sides, train and dev, as queries: short ones, as people type them.
+
+    Args:
+        kept_out: queries for evaluation; a title that is one of them, up to punctuation and a plural s, is left out.
+    """
+    codes = [occupation.code for occupation in occupations]
+    _, dev_groups = split_groups(codes)
+    evaluated = {_singular(text) for text in kept_out}
+    queries = [
+        GradedQuery(f"title-{occupation.code}", occupation.title, grade_postings({occupation.code}, codes))
+        for occupation in occupations
+        if _singular(occupation.title) not in evaluated
+    ]
+    dev_ids = {f"title-{code}" for code in codes if minor_group(code) in dev_groups}
+    train = in_order(query for query in queries if query.query_id not in dev_ids)
+    return train, in_order(query for query in queries if query.query_id in dev_ids)
 
 
 def title_queries(occupations: Sequence[Occupation], titles: Mapping[str, Mapping[str, str]]) -> list[GradedQuery]:
@@ -109,7 +132,7 @@ def title_queries(occupations: Sequence[Occupation], titles: Mapping[str, Mappin
         GradedQuery(f"bls-{number:04d}", text, grade_postings(relevant[text], codes))
         for number, text in enumerate(sorted(relevant), start=1)
     ]
-    return sorted(queries, key=lambda query: _hash(query.query_id))
+    return in_order(queries)
 
 
 def query_record(query: GradedQuery) -> dict[str, object]:

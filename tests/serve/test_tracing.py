@@ -114,9 +114,17 @@ def test_spans_reach_a_collector(server: Server, monkeypatch: pytest.MonkeyPatch
         thread = threading.Thread(target=collector.serve_forever)
         thread.start()
         tracer = open_tracer(TracingSettings(endpoint=f"http://127.0.0.1:{collector.server_port}/v1/traces"))
+        recorded, record = threading.Event(), tracer.record
+
+        def record_and_tell(*of_the_request: Any) -> None:
+            record(*of_the_request)
+            recorded.set()
+
         with monkeypatch.context() as patch:
+            patch.setattr(tracer, "record", record_and_tell)
             patch.setattr(server.service.engine, "tracer", tracer)
             post(server, {"query": "x", "items": ["y"]}, traceparent=f"00-{TRACE}-{PARENT}-01")
+            assert recorded.wait(60), "spans are made after the answer is sent"
         tracer.close()
         collector.shutdown()
         thread.join()
