@@ -68,9 +68,8 @@ def encoder_loss(
         roles_M = jnp.zeros(M).at[own_RP].set(1, mode="drop").at[items[0]].set(-1, mode="drop")
         rows_2D = jax.lax.stop_gradient(label_rows(params, config.label_token_ids))
         along_M = log_odds(states_MD, rows_2D) / jnp.linalg.norm(rows_2D[1] - rows_2D[0])
-        roles = jnp.sum(jnp.where(roles_M != 0, (along_M / ROLE - roles_M) ** 2, 0)) / jnp.maximum(
-            jnp.sum(roles_M != 0), 1
-        )
+        errors_M = jnp.where(roles_M != 0, (along_M / ROLE - roles_M) ** 2, 0)
+        roles = jnp.sum(errors_M) / jnp.maximum(jnp.sum(roles_M != 0), 1)
         return queries_BD[None], items_BD[None], roles[None]
 
     pool = jax.shard_map(local, mesh=mesh, in_specs=(P(), *[part] * 4), out_specs=part)
