@@ -125,11 +125,6 @@ class Prompt:
         return self._ids(self._tokenizer, [self.template.prefix.format(instruction=self.config.instruction)])[0]
 
     @cached_property
-    def after_query_ids(self) -> list[int]:
-        """Ids of the words between query and item."""
-        return self._ids(self._text_tokenizer, [self.template.after_query])[0]
-
-    @cached_property
     def suffix_ids(self) -> list[int]:
         """Ids of the words after the item; the last one is where the answer is read."""
         return self._ids(self._tokenizer, [self.template.suffix])[0]

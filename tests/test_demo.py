@@ -24,9 +24,9 @@ from jaxslm.demo.packages import Package
 from jaxslm.demo.postings import TASKS_IN_POSTING, posting, read_occupations, read_work_activities
 from jaxslm.demo.queries import (
     GradedQuery,
+    dev_title_queries,
     grade_postings,
     minor_group,
-    own_title_queries,
     qrels_lines,
     query_record,
     split_groups,
@@ -197,15 +197,13 @@ class TestBuilders:
             "Other words": {CODES[0]: 2, CODES[1]: 3, CODES[2]: 1},
         }
 
-    def test_postings_titles_are_queries_of_their_own_side_unless_they_evaluate(self) -> None:
-        occupations = read_occupations(occupations_text(), tasks_text())
-        sides = own_title_queries(occupations, [f"Title, {CODES[0]}"])
+    def test_titles_of_dev_postings_are_queries_unless_they_evaluate(self) -> None:
         _, dev_groups = split_groups(CODES)
-        for side, is_dev in zip(sides, (False, True), strict=True):
-            codes = [code for code in CODES[1:] if (minor_group(code) in dev_groups) == is_dev]
-            assert {query.query for query in side} == {f"Title {code}s" for code in codes}
-            for query in side:
-                assert query.grades == grade_postings({query.query_id.removeprefix("title-")}, CODES)
+        kept_out, *dev = [code for code in CODES if minor_group(code) in dev_groups]
+        queries = dev_title_queries(read_occupations(occupations_text(), tasks_text()), [f"Title, {kept_out}"])
+        assert {query.query for query in queries} == {f"Title {code}s" for code in dev}
+        for query in queries:
+            assert query.grades == grade_postings({query.query_id.removeprefix("title-")}, CODES)
 
 
 class TestFetch:

