@@ -5,16 +5,17 @@ item store cannot be reached). Verbs import what they need when they run, so tha
 """
 
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from jaxslm.bench.commands import bench
 from jaxslm.config import TemplateName
 from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
+from jaxslm.progress import answer
 
 app = typer.Typer(
     add_completion=False,
@@ -22,7 +23,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train, prune, compress and serve small language models as relevance rankers.",
 )
-bench = typer.Typer(help="Measure scoring on this device.")
 app.add_typer(bench, name="bench")
 
 Checkpoint = Annotated[Path, typer.Option("--model", help="A checkpoint folder.")]
@@ -49,19 +49,6 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
-def _keep_compiled_programs() -> None:
-    """Keeps XLA's programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR says where."""
-    from jaxslm.score.warmup import use_compilation_cache
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        use_compilation_cache(Path(home) / "jaxslm" / "compiled")
-
-
-def _answer(result: dict[str, Any]) -> None:
-    print(json.dumps(result), flush=True)
-
-
 @app.command("fetch-demo")
 def fetch_demo(
     out: Annotated[Path, typer.Option("--out", help="Folder to fill, or to complete.")],
@@ -72,7 +59,7 @@ def fetch_demo(
     """
     from jaxslm.demo import fetch_demo as run
 
-    _answer(run(out))
+    answer(run(out))
 
 
 @app.command()
@@ -105,7 +92,7 @@ def convert(
         max_item_tokens=max_item_tokens,
         labels=labels,
     )
-    _answer({"checkpoint": str(out), "source": manifest.source, "params_sha256": manifest.params_sha256})
+    answer({"checkpoint": str(out), "source": manifest.source, "params_sha256": manifest.params_sha256})
 
 
 @app.command()
@@ -124,7 +111,7 @@ def export(
     from jaxslm.convert.export import export_hf
 
     del file_format  # there is one
-    _answer(export_hf(model, out, classifier=classifier))
+    answer(export_hf(model, out, classifier=classifier))
 
 
 @app.command()
@@ -137,7 +124,7 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder
 
     card = describe(checkpoint)
     print_card(card)
-    _answer(card)
+    answer(card)
 
 
 @app.command()
@@ -172,7 +159,7 @@ def train(
         from jaxslm.train.settings import RankerTraining
 
         result = train_ranker(load_toml(config, RankerTraining, chosen), out)
-    _answer(result.to_json())
+    answer(result.to_json())
     if not result.finished:
         raise typer.Exit(130)
 
@@ -191,7 +178,7 @@ def teacher_requests(
     from jaxslm.train.settings import RankerTraining
     from jaxslm.train.teacher_requests import write_teacher_requests
 
-    _answer(write_teacher_requests(load_toml(config, RankerTraining, tuple(overrides or ())).data, out))
+    answer(write_teacher_requests(load_toml(config, RankerTraining, tuple(overrides or ())).data, out))
 
 
 @app.command()
@@ -223,8 +210,9 @@ def prune(
     """
     from jaxslm.prune.checkpoints import prune_checkpoint
     from jaxslm.prune.model import PruneSettings
+    from jaxslm.score.warmup import keep_compiled_programs
 
-    _keep_compiled_programs()
+    keep_compiled_programs()
     settings = PruneSettings(
         mlp_keep=mlp_keep,
         kv_groups_keep=kv_groups_keep,
@@ -236,7 +224,7 @@ def prune(
         width_multiple=width_multiple,
         seed=seed,
     )
-    _answer(prune_checkpoint(model, calibration, out, settings, items=items, vocab_keep=vocab_keep))
+    answer(prune_checkpoint(model, calibration, out, settings, items=items, vocab_keep=vocab_keep))
 
 
 @app.command()
@@ -254,9 +242,10 @@ def encode(
     Example: jaxslm encode --model compressed --items demo/jobs/items.jsonl --store store
     """
     from jaxslm.compress.catalogue import encode_file
+    from jaxslm.score.warmup import keep_compiled_programs
 
-    _keep_compiled_programs()
-    _answer(encode_file(model, items, {k: store}, dtype=dtype))
+    keep_compiled_programs()
+    answer(encode_file(model, items, {k: store}, dtype=dtype))
 
 
 @app.command()
@@ -278,11 +267,12 @@ def score(
     Example: jaxslm score --model smollm2 --input requests.jsonl --output scores.jsonl
     """
     from jaxslm.score.files import score_file
+    from jaxslm.score.warmup import keep_compiled_programs
 
     if (mode == "compressed") != (store is not None):
         raise InputError("--mode compressed and --store belong together")
-    _keep_compiled_programs()
-    _answer(score_file(model, input_file, output, buckets, calibrated=calibrated, store=store))
+    keep_compiled_programs()
+    answer(score_file(model, input_file, output, buckets, calibrated=calibrated, store=store))
 
 
 @app.command("eval")
@@ -307,9 +297,10 @@ def evaluate(
     Example: jaxslm eval --model smollm2 --data demo/jobs --split bls --limit 20
     """
     from jaxslm.evaluate.checkpoints import evaluate_checkpoint
+    from jaxslm.score.warmup import keep_compiled_programs
 
-    _keep_compiled_programs()
-    _answer(
+    keep_compiled_programs()
+    answer(
         evaluate_checkpoint(
             model,
             data,
@@ -337,7 +328,7 @@ def compare(
     """
     from jaxslm.evaluate.compare import compare_run_files
 
-    _answer(compare_run_files(first, second, data, split))
+    answer(compare_run_files(first, second, data, split))
 
 
 @app.command()
@@ -351,7 +342,7 @@ def report(
     """
     from jaxslm.evaluate.report import write_report
 
-    _answer({"report": str(write_report(results, out))})
+    answer({"report": str(write_report(results, out))})
 
 
 @app.command()
@@ -371,14 +362,15 @@ def serve(
     Example: jaxslm serve --model ranker --port 8000 --set deadline_ms=500.0
     """
     from jaxslm.config import load_toml
+    from jaxslm.score.warmup import keep_compiled_programs
     from jaxslm.serve.run import serve as run
     from jaxslm.serve.settings import ServeSettings
 
     options = {"model": model and str(model), "store": store, "items": items and str(items), "host": host, "port": port}
     given = tuple(f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None)
     settings = load_toml(config, ServeSettings, (*given, *(overrides or ())))
-    _keep_compiled_programs()
-    _answer(run(settings))
+    keep_compiled_programs()
+    answer(run(settings))
 
 
 @app.command()
@@ -397,9 +389,10 @@ def calibrate(
     Example: jaxslm calibrate --model ranker --data demo/jobs --split dev --limit 100 --out calibrated
     """
     from jaxslm.evaluate.calibrate import calibrate_checkpoint
+    from jaxslm.score.warmup import keep_compiled_programs
 
-    _keep_compiled_programs()
-    _answer(calibrate_checkpoint(model, data, out, split, method=method, k=candidates, limit=limit, plot=plot))
+    keep_compiled_programs()
+    answer(calibrate_checkpoint(model, data, out, split, method=method, k=candidates, limit=limit, plot=plot))
 
 
 @app.command()
@@ -412,146 +405,13 @@ def quickstart(
     Example: jaxslm quickstart --out quickstart --no-serve
     """
     from jaxslm.quickstart import run
+    from jaxslm.score.warmup import keep_compiled_programs
 
-    _keep_compiled_programs()
+    keep_compiled_programs()
     result = run(out, serve=serve)
-    _answer(result)
+    answer(result)
     if not result["finished"]:
         raise typer.Exit(130)
-
-
-@bench.command("score")
-def bench_score(
-    workload: Annotated[str, typer.Option(help="full_text, text_300, summary, latent_8 or latent_1.")],
-    model: Annotated[str, typer.Option(help="qwen3-0.6b, qwen3-0.6b-pruned, smollm2-135m, or a checkpoint folder.")],
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="By default the device's.")] = None,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    items: Annotated[int | None, typer.Option(min=1, help="Items of a request, instead of the workload's.")] = None,
-    prefix: Annotated[int | None, typer.Option(min=0, help="Shared tokens, instead of the workload's.")] = None,
-    item_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an item, likewise.")] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests that are scored together.")] = 1,
-    sharing: Annotated[bool, typer.Option(help="Compute a query once for its items.")] = True,
-    padded: Annotated[bool, typer.Option("--padded", help="Plain rows, padded to a power of two.")] = False,
-    cuts: Annotated[Literal["all", "head", "none"], typer.Option(help="Which exact savings to keep.")] = "all",
-) -> None:
-    """Measure a scoring workload on this device beside its floor, with random weights and inputs.
-
-    Example: jaxslm bench score --workload summary --model smollm2-135m
-    """
-    from dataclasses import replace
-
-    from jaxslm.bench.score import bench_score as run
-    from jaxslm.bench.score import default_options
-
-    options = replace(default_options(), requests=requests, sharing=sharing, padded=padded, cuts=cuts)
-    _answer(
-        run(
-            workload,
-            model,
-            dtype=dtype,
-            repeats=repeats,
-            items=items,
-            prefix=prefix,
-            item_tokens=item_tokens,
-            options=options,
-        )
-    )
-
-
-@bench.command("growth")
-def bench_growth(
-    model: Annotated[str, typer.Option(help="A model's name or a checkpoint folder.")],
-    out: NewPath,
-    layers: Annotated[int | None, typer.Option(min=1, help="Only the model's first layers: quicker.")] = None,
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="By default the device's.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timings of a point, fewer of slow ones.")] = 5,
-) -> None:
-    """Measure items/s against items per request, prefix length and item length; writes JSON and plots.
-
-    Example: jaxslm bench growth --model smollm2-135m --layers 6 --out growth
-    """
-    from jaxslm.bench.growth import bench_growth as run
-
-    _keep_compiled_programs()
-    _answer(run(model, out, layers=layers, dtype=dtype, repeats=repeats))
-
-
-@bench.command("serve")
-def bench_serve(
-    url: Annotated[str, typer.Option(help="A running server: jaxslm serve.")] = "http://127.0.0.1:8000",
-    workload: Annotated[
-        list[str] | None, typer.Option(help="full_text, text_300, summary or stored (by id); by default text_300.")
-    ] = None,
-    items: Annotated[Path | None, typer.Option("--items", help="What the server's store holds; for stored.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="JAXSLM_API_KEY", help="If the server wants one.")] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Processes that send.")] = 2,
-    seconds: Annotated[float, typer.Option(min=1.0, help="That each rate is kept.")] = 15.0,
-    start_rate: Annotated[float | None, typer.Option(min=0.01, help="First requests per second.")] = None,
-    target_ms: Annotated[float, typer.Option(min=1.0, help="Within which 99 % must be answered.")] = 500.0,
-) -> None:
-    """Raise the load on a running server until more than 1 % of answers take over the target; items/s below that.
-
-    Example: jaxslm bench serve --url http://127.0.0.1:8000 --workload text_300
-    """
-    from jaxslm.bench.client import Target
-    from jaxslm.bench.server import LoadOptions
-    from jaxslm.bench.server import bench_serve as run
-
-    options = LoadOptions(clients=clients, seconds=seconds, start_rate=start_rate, target_ms=target_ms)
-    _answer(run(Target(url.rstrip("/"), api_key), workload or ["text_300"], items, options))
-
-
-@bench.command("peers")
-def bench_peers(
-    workload: Annotated[str, typer.Option(help="A workload of text: full_text, text_300 or summary.")],
-    model: Annotated[str, typer.Option(help="A model's name or a checkpoint folder.")],
-    peer_python: Annotated[str, typer.Option(help="A Python that has torch and transformers.")],
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    items: Annotated[int | None, typer.Option(min=1, help="Items of a request, instead of the workload's.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Peers' batch sizes; by default 1 to 50.")] = None,
-    torch_compile: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = True,
-) -> None:
-    """Measure the same workload and weights through transformers and torch, in turns with ours.
-
-    Example: jaxslm bench peers --workload summary --model smollm2-135m --peer-python python3
-    """
-    from jaxslm.bench.peers import bench_peers as run
-
-    batches = tuple(batch or (1, 5, 10, 25, 50))
-    _answer(
-        run(workload, model, peer_python, repeats=repeats, items=items, batches=batches, torch_compile=torch_compile)
-    )
-
-
-@bench.command("kernels")
-def bench_kernels(
-    op: Annotated[list[str] | None, typer.Option("--op", help="A kernel: gated_mlp, ...; all by default.")] = None,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-) -> None:
-    """Time each GPU kernel beside XLA and other libraries' (cuDNN, tokamax where it is installed).
-
-    Example: jaxslm bench kernels --op gated_mlp
-    """
-    from jaxslm.bench.kernels import bench_kernels as run
-
-    _answer(run(op, repeats))
-
-
-@bench.command("fit-buckets")
-def bench_fit_buckets(
-    model: Checkpoint,
-    traffic: Annotated[Path, typer.Option("--input", help="Requests as `jaxslm score` reads them.")],
-    out: NewPath,
-    count: Annotated[int, typer.Option(min=1, help="Most shapes to compile.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=64, help="Most tokens of a forward pass.")] = 1024,
-) -> None:
-    """Fit the compiled shapes to a sample of traffic.
-
-    Example: jaxslm bench fit-buckets --model smollm2 --input requests.jsonl --out buckets.toml
-    """
-    from jaxslm.bench.buckets import fit_buckets_to_file
-
-    _answer(fit_buckets_to_file(model, traffic, out, count=count, max_tokens=max_tokens))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Progress bars on stderr, so that stdout keeps its one JSON object."""
+"""What the command line prints: progress bars and human text on stderr, one JSON object on stdout."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -10,6 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def console() -> Console:
     """The console for human text: stderr, looked up at each call so that tests may redirect it."""
     return Console(stderr=True, highlight=False)
+
+
+def answer(result: dict[str, Any]) -> None:
+    """Prints a verb's result, the last line of its stdout."""
+    print(json.dumps(result), flush=True)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ After `warm_up` no shape is left to compile, so `compilations()` must not grow a
 """
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,13 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def keep_compiled_programs() -> None:
+    """`use_compilation_cache` in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR says where."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        use_compilation_cache(Path(home) / "jaxslm" / "compiled")
 
 
 def abstract_batch(bucket: Bucket, width: int, dtype: DTypeLike = jnp.float32) -> Batch:
