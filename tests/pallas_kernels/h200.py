@@ -54,12 +54,16 @@ def _without_cache() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", before)
 
 
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+"""What a GPU runs, though the tests compile with less (JAX_DISABLE_MOST_OPTIMIZATIONS)."""
+
+
 def compile_for_h200(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
     """Returns the program; arguments are pytrees of arrays or of their shapes."""
     with jax.set_mesh(_mesh()), _without_cache():
         placed = NamedSharding(_mesh(), PartitionSpec())
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), arguments)
-        return jax.jit(function).lower(*shapes).compile()
+        return jax.jit(function).lower(*shapes).compile(OPTIMISED)
 
 
 def compiled_kernels(
