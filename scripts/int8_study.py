@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 
-from jaxslm.bench.device import device_name
 from jaxslm.evaluate.checkpoints import evaluate_loaded, read_split
 from jaxslm.evaluate.rerank import Report
+from jaxslm.score.parallel import device_name
 from jaxslm.score.scorer import load
 from pallas_kernels.gated_mlp.reference import matmul
 

@@ -1,11 +1,8 @@
 """What this device can do at best, measured: the ceilings that every result is a share of."""
 
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxslm.bench.workloads import Workload
 from jaxslm.config import ModelConfig
 from jaxslm.model.cost import scoring_bytes, scoring_flops
+from jaxslm.score.parallel import device_name
 
 
 @dataclass(frozen=True)
@@ -36,17 +34,6 @@ class Floor:
     bytes: int
     compute_s: float
     traffic_s: float
-
-
-def device_name() -> str:
-    """Returns the name of the accelerator, or the processor's with its number of cores."""
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def best_seconds(call: Callable[[], Any], repeats: int) -> float:

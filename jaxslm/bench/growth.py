@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxslm.atomic import new_folder
-from jaxslm.bench.device import device_name
 from jaxslm.bench.score import timed
 from jaxslm.bench.workloads import Workload, model_named, random_requests
 from jaxslm.config import RankerConfig
@@ -23,6 +22,7 @@ from jaxslm.progress import console
 from jaxslm.score.buckets import default_buckets
 from jaxslm.score.compiled import CompiledScorer
 from jaxslm.score.packing import Forward, PackRequest, empty_forward
+from jaxslm.score.parallel import device_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxslm.bench.device import Ceilings, best_seconds, device_name, measure_ceilings
+from jaxslm.bench.device import Ceilings, best_seconds, measure_ceilings
 from jaxslm.errors import InputError
 from jaxslm.model.layout import SharedPrefix
+from jaxslm.score.parallel import device_name
 from pallas_kernels.dispatch import MOSAIC_GPU, XLA, is_hopper, target_device
 from pallas_kernels.specs import OPS, Spec, specs
 

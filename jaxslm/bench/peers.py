@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from jaxslm.bench.device import device_name
 from jaxslm.bench.score import Options, Runner, timed
 from jaxslm.bench.workloads import model_named, random_requests, workload_named
 from jaxslm.config import RankerConfig
@@ -24,6 +23,7 @@ from jaxslm.convert.export import classifier_tensors, hf_config, hf_tensors, wri
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.progress import console
+from jaxslm.score.parallel import device_name
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from jaxslm.atomic import new_file
-from jaxslm.bench.device import device_name
 from jaxslm.checkpoint import load_checkpoint
 from jaxslm.compress.encoder import identity_of
 from jaxslm.compress.splice import text_of
@@ -32,6 +31,7 @@ from jaxslm.quickstart.settings import MeasureSettings
 from jaxslm.score.buckets import make_bucket
 from jaxslm.score.compressed import VectorScorer
 from jaxslm.score.packing import PackRequest
+from jaxslm.score.parallel import device_name
 from jaxslm.score.scorer import Ranker, VectorRequest
 
 SPLIT = "dev"

@@ -4,7 +4,10 @@
 there once. With one device everything is plain `jit`, without the leading axis.
 """
 
+import os
+import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +21,17 @@ def scoring_devices() -> list[jax.Device]:
     """Returns the devices to score on: all local accelerators, or the one CPU device that uses all cores."""
     devices = jax.local_devices()
     return devices[:1] if devices[0].platform == "cpu" else devices
+
+
+def device_name() -> str:
+    """Returns the name of the accelerator, or the processor's with its number of cores."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _mesh(devices: Sequence[jax.Device]) -> Mesh:
