@@ -41,7 +41,7 @@ class Authenticator:
         matches = [hmac.compare_digest(given, key) for key in self._api]
         if is_admin or (not admin and any(matches)):
             return
-        if not admin:
+        if not admin or (self._api and self._admin is None and not any(matches)):
             raise ApiError(401, "unauthorized", "a valid API key is needed: Authorization: Bearer KEY")
         if self._admin is None:
             raise ApiError(403, "forbidden", "this route needs an admin key, and the server has none")

@@ -59,6 +59,8 @@ def test_every_path_but_health_and_the_page_needs_a_key(path: str) -> None:
         (KEYS, "wrong-key", 401),
         (Keys(), "", 403),
         (Keys(api=frozenset({"first-key"})), "first-key", 403),
+        (Keys(api=frozenset({"first-key"})), "wrong-key", 401),
+        (Keys(api=frozenset({"first-key"})), "", 401),
         (Keys(admin="admin-key"), "", 401),
     ],
 )
