@@ -1,12 +1,9 @@
-"""The routes, and the gate in front of them: keys, limits, errors, request ids, metrics, logs."""
+"""The routes, and what OpenAPI says of them."""
 
 import asyncio
 import logging
-import re
-import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -16,16 +13,16 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Route
 
-from jaxslm.serve.auth import Authenticator
+from jaxslm.serve.auth import OPEN_PATHS, Authenticator
 from jaxslm.serve.demo import add_page
 from jaxslm.serve.engine import Engine
 from jaxslm.serve.errors import ApiError, error_response, invalid
+from jaxslm.serve.gate import Gate, read_body
 from jaxslm.serve.schemas import (
     DeleteItemsRequest,
     DeleteItemsResponse,
@@ -40,149 +37,11 @@ from jaxslm.serve.schemas import (
     ScoreRequest,
     ScoreResponse,
 )
-from jaxslm.serve.service import Call, ClientGoneError, Disconnected, Service
-from jaxslm.serve.settings import ServeSettings
+from jaxslm.serve.service import Disconnected, Service
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
-ADMIN_PATHS = frozenset({"/v1/items", "/v1/reload"})
-MAX_HEAD_BYTES = 16 * 1024
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-MAX_DEADLINE_DIGITS = re.compile(r"[0-9]{1,9}")
-
 logger = logging.getLogger(__name__)
-
-
-class Gate:
-    """Wraps the routes. Every answer, refusals and failures too, goes out through it."""
-
-    def __init__(self, app: ASGIApp, service: Service, keys: Authenticator) -> None:
-        self.app, self.service, self.keys = app, service, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        call = self._call(Headers(scope=scope))
-        scope.setdefault("state", {})["call"] = call
-        status = 0
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                self._add_headers(call, MutableHeaders(scope=message))
-            await send(message)
-
-        try:
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
-                raise ApiError(431, "head_too_large", f"headers: at most {MAX_HEAD_BYTES} bytes")
-            self.keys.check(scope["path"], Headers(scope=scope), admin=scope["path"] in ADMIN_PATHS)
-            await self.app(scope, receive, send_with_headers)
-        except ClientGoneError:
-            self.service.engine.metrics.cancelled.inc()
-            status = 499
-        except ApiError as error:
-            call.refusal = error.kind
-            await error_response(error, call.request_id)(scope, receive, send_with_headers)
-            self.service.engine.metrics.rejected.labels(error.kind).inc()
-        except Exception:  # the answer must tell nothing of what went wrong inside; the log does
-            logger.exception("unexpected error", extra={"fields": {"request_id": call.request_id}})
-            failure = ApiError(500, "internal_error", "an error inside the server; its log has the request's id")
-            call.refusal = failure.kind
-            if not status:
-                await error_response(failure, call.request_id)(scope, receive, send_with_headers)
-        finally:
-            self._record(scope, call, status)
-
-    def _call(self, headers: Headers) -> Call:
-        given = headers.get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        now = time.monotonic()
-        longest = self.service.settings.deadline_ms
-        wished = headers.get("x-deadline-ms", "")
-        milliseconds = min(float(wished), longest) if MAX_DEADLINE_DIGITS.fullmatch(wished) else longest
-        return Call(request_id, now, now + milliseconds / 1000)
-
-    def _add_headers(self, call: Call, headers: MutableHeaders) -> None:
-        headers["x-request-id"] = call.request_id
-        headers["x-content-type-options"] = "nosniff"
-        now = time.monotonic()
-        if call.scored is not None:
-            call.respond_s = now - call.scored
-            headers["x-compute-tokens"] = str(call.tokens)
-            headers["x-tokenization-time"] = _milliseconds(call.tokenise_s)
-            headers["x-queue-time"] = _milliseconds(call.queue_s)
-            headers["x-inference-time"] = _milliseconds(call.device_s)
-            headers["x-response-time"] = _milliseconds(call.respond_s)
-        headers["x-total-time"] = _milliseconds(now - call.received)
-
-    def _record(self, scope: Scope, call: Call, status: int) -> None:
-        route = scope.get("route")
-        call.route = getattr(route, "path", "unknown")
-        total_s = time.monotonic() - call.received
-        metrics = self.service.engine.metrics
-        metrics.requests.labels(call.route, status).inc()
-        if call.scored is not None:
-            metrics.request_items.observe(call.items)
-            metrics.total_s.observe(total_s)
-            metrics.tokenise_s.observe(call.tokenise_s)
-            metrics.queue_s.observe(call.queue_s)
-            metrics.device_s.observe(call.device_s)
-            metrics.respond_s.observe(call.respond_s)
-        if call.route.startswith("/health") or call.route == "/metrics":
-            return
-        fields = {
-            "request_id": call.request_id,
-            "method": scope["method"],
-            "route": call.route,
-            "status": status,
-            "items": call.items,
-            "tokens": call.tokens,
-            "total_ms": round(1000 * total_s, 2),
-            "tokenise_ms": round(1000 * call.tokenise_s, 2),
-            "queue_ms": round(1000 * call.queue_s, 2),
-            "device_ms": round(1000 * call.device_s, 2),
-        }
-        logger.info("request", extra={"fields": fields})
-        tracer = self.service.engine.tracer
-        if tracer is not None:
-            tracer.record(call, scope["method"], status, Headers(scope=scope))
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3f}"
-
-
-async def read_body(request: Request, settings: ServeSettings) -> bytes:
-    """Returns a request's body; never holds more than `max_body_bytes` of it.
-
-    Raises:
-        ApiError: 415 if it is not JSON by its type, 413 if it is too large, 408 if it takes too long.
-        ClientGoneError: the client left before its end.
-    """
-    max_bytes, seconds = settings.max_body_bytes, settings.read_timeout_s
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, "unsupported_media_type", "content-type: must be application/json")
-    length = request.headers.get("content-length", "")
-    too_large = ApiError(413, "body_too_large", f"body: at most {max_bytes} bytes")
-    if length.isdecimal() and int(length) > max_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(seconds):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGoneError
-                body += message.get("body", b"")
-                if len(body) > max_bytes:
-                    raise too_large
-                if not message.get("more_body", False):
-                    return bytes(body)
-    except TimeoutError:
-        raise ApiError(408, "body_too_slow", f"body: must arrive within {seconds:g} s") from None
 
 
 def parser(kind: type[BodyT], body: bytes) -> Callable[[], BodyT]:
@@ -231,14 +90,16 @@ def create_app(engine: Engine) -> FastAPI:
         version=version("jaxslm"),
         lifespan=lambda _: _lifespan(engine, service),
         redirect_slashes=False,
+        redoc_url=None,
     )
-    app.add_middleware(Gate, service=service, keys=Authenticator(engine.keys))
     app.add_exception_handler(HTTPException, _http_error)
     app.state.service = service
     _add_scoring(app, service)
     _add_admin(app, service)
     _add_operations(app, engine)
     add_page(app, engine)
+    paths = {route.path for route in app.routes if isinstance(route, Route)}
+    app.add_middleware(Gate, service=service, keys=Authenticator(engine.keys), paths=paths)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -268,7 +129,15 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         _, schemas = models_json_schema(
             [(body, "validation") for body in _BODIES], ref_template="#/components/schemas/{model}"
         )
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        components = document.setdefault("components", {})
+        components.setdefault("schemas", {}).update(schemas["$defs"])
+        components["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                operation["security"] = [{}] if path in OPEN_PATHS else [{"bearer": []}, {"key": []}]
         app.openapi_schema = document
     return app.openapi_schema
 
@@ -277,8 +146,18 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """404 and 405 of the router in the one error body."""
     assert isinstance(error, HTTPException)
     kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    refusal = ApiError(error.status_code, kind, str(error.detail))
-    return error_response(refusal, request.state.call.request_id, dict(error.headers or {}))
+    refusal, call = ApiError(error.status_code, kind, str(error.detail)), request.state.call
+    call.refusal, headers = kind, {name.lower(): value for name, value in (error.headers or {}).items()}
+    if error.status_code == 405:
+        # The router names the methods of the first route with this path alone.
+        routes = [route for route in request.app.routes if isinstance(route, Route) and route.path == call.route]
+        headers["allow"] = ", ".join(sorted({method for route in routes for method in route.methods or ()}))
+    return error_response(refusal, call.request_id, headers)
+
+
+def _accepted(service: Service, request: Request, *, queues: bool = True) -> AbstractAsyncContextManager[bytes]:
+    """See `Admission.accepted`."""
+    return service.admission.accepted(partial(read_body, request, service.settings), queues=queues)
 
 
 def _answer(body: BaseModel) -> Response:
@@ -295,8 +174,8 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
 
     async def score(request: Request) -> Response:
         """Scores items against a query: SGLang's body, item ids, or embeddings."""
-        with service.admitted():
-            parse = parser(ScoreRequest, await read_body(request, service.settings))
+        async with _accepted(service, request) as body:
+            parse = parser(ScoreRequest, body)
             return _answer(await service.score(request.state.call, parse, gone(request)))
 
     _add(app, "POST", "/v1/score", score, ScoreRequest, ScoreResponse)
@@ -304,8 +183,8 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
     def rerank_route(*, return_documents: bool) -> Callable[[Request], Awaitable[Response]]:
         async def rerank(request: Request) -> Response:
             """Orders documents by relevance to a query: bodies of Cohere, Jina, vLLM and SGLang."""
-            with service.admitted():
-                parse = parser(RerankRequest, await read_body(request, service.settings))
+            async with _accepted(service, request) as body:
+                parse = parser(RerankRequest, body)
                 answer = await service.rerank(
                     request.state.call, parse, gone(request), return_documents=return_documents
                 )
@@ -320,21 +199,18 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
 def _add_admin(app: FastAPI, service: Service) -> None:
     async def put_items(request: Request) -> Response:
         """Encodes and stores items. Needs the admin key."""
-        with service.admitted():
-            parse = parser(PutItemsRequest, await read_body(request, service.settings))
-            return _answer(await service.put_items(request.state.call, parse))
+        async with _accepted(service, request) as body:
+            return _answer(await service.put_items(request.state.call, parser(PutItemsRequest, body)))
 
     async def delete_items(request: Request) -> Response:
         """Drops items from the store. Needs the admin key."""
-        with service.admitted():
-            parse = parser(DeleteItemsRequest, await read_body(request, service.settings))
-            return _answer(await service.delete_items(request.state.call, parse))
+        async with _accepted(service, request) as body:
+            return _answer(await service.delete_items(request.state.call, parser(DeleteItemsRequest, body)))
 
     async def reload(request: Request) -> Response:
         """Puts another checkpoint into service. Needs the admin key."""
-        with service.admitted(queues=False):
-            parse = parser(ReloadRequest, await read_body(request, service.settings))
-            return _answer(await service.reload(parse))
+        async with _accepted(service, request, queues=False) as body:
+            return _answer(await service.reload(parser(ReloadRequest, body)))
 
     _add(app, "POST", "/v1/reload", reload, ReloadRequest, ReloadResponse)
     _add(app, "PUT", "/v1/items", put_items, PutItemsRequest, PutItemsResponse)
@@ -362,11 +238,14 @@ def _add(
 
 
 def _add_operations(app: FastAPI, engine: Engine) -> None:
+    # Load balancers ask with HEAD too.
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", response_model=HealthResponse)
     async def live() -> HealthResponse:
         """The process answers."""
         return HealthResponse(status="live")
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", response_model=HealthResponse, responses={503: {"model": HealthResponse}})
     async def ready(response: Response) -> HealthResponse:
         """Everything is compiled, the device has scored of late, and the server is not about to end."""

@@ -7,6 +7,7 @@ is queued ahead, so that the device never waits for the host.
 
 import heapq
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -68,12 +69,14 @@ class Job:
 
     Attributes:
         future: becomes the logits of (no, yes), float32 [J, 2], in the order given.
+        trial: whether the server itself asks: such a job goes first, shares no batch, and metrics leave it out.
         submitted, started, finished: `time.monotonic()` in seconds; the latter two None until then.
     """
 
-    def __init__(self, request: PackRequest, deadline: float) -> None:
+    def __init__(self, request: PackRequest, deadline: float, *, trial: bool = False) -> None:
         self.request = request
         self.deadline = deadline
+        self.trial = trial
         lengths = np.fromiter(map(len, request.item_ids), np.int64, len(request.item_ids))
         # Longest first, as the packer wants them: the items of a pass are of like length.
         self.order = np.argsort(-lengths, kind="stable")
@@ -113,7 +116,8 @@ class Job:
 
     def take(self, number: int) -> "_Slice":
         """Returns the next items, which no longer wait."""
-        part = _Slice(self, self.order[self.taken : self.taken + number])
+        # In the order of the request: a request that is taken whole is packed as the ranker packs it, to the last bit.
+        part = _Slice(self, np.sort(self.order[self.taken : self.taken + number]))
         self.taken += number
         self.started = self.started or time.monotonic()
         return part
@@ -171,6 +175,7 @@ class Batcher:
         self._slots = threading.Semaphore(QUEUED_AHEAD)
         self._in_flight: SimpleQueue[_Batch | None] = SimpleQueue()
         self._running: deque[_Batch] = deque()
+        self._launching_since: float | None = None
         self._last_finished = time.monotonic()
         self._threads = [
             threading.Thread(target=self._schedule, name="scheduler", daemon=True),
@@ -191,20 +196,21 @@ class Batcher:
             if thread.is_alive():
                 thread.join(STOP_S)
 
-    def submit(self, request: PackRequest, deadline: float) -> Job:
+    def submit(self, request: PackRequest, deadline: float, *, trial: bool = False) -> Job:
         """Queues a request; its `future` gets the logits, or DeadlineError, DeviceError or InputError.
 
         Args:
-            deadline: `time.monotonic()` by which it must be on the device.
+            deadline: `time.monotonic()` by which it must be on the device. trial: see `Job`.
         """
-        job = Job(request, deadline)
+        job = Job(request, deadline, trial=trial)
         with self._changed:
             if self._stopping:
                 job.fail(DeviceError())
                 return job
             if not self._queued_tokens:
                 self._waiting_since = job.submitted
-            heapq.heappush(self._heaps.setdefault(request.vectors_per_item, []), (deadline, next(self._numbers), job))
+            urgency = -math.inf if trial else deadline
+            heapq.heappush(self._heaps.setdefault(request.vectors_per_item, []), (urgency, next(self._numbers), job))
             self._queued_tokens += job.tokens
             self._changed.notify_all()
         return job
@@ -222,20 +228,33 @@ class Batcher:
         return self._queued_tokens
 
     @property
+    def queued_requests(self) -> int:
+        """Requests of which items wait for the device."""
+        with self._changed:
+            return sum(not job.dropped for heap in self._heaps.values() for _, _, job in heap)
+
+    @property
     def running_batches(self) -> int:
         """Batches on the device or queued for it."""
         return len(self._running)
 
     @property
+    def alive(self) -> bool:
+        """Whether both threads are at work; without them nothing is scored any more."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    @property
     def idle_s(self) -> float:
         """Seconds since the device last finished something; 0 while it has work."""
-        return 0.0 if self._running or self._queued_tokens else time.monotonic() - self._last_finished
+        busy = self._running or self._queued_tokens or self._launching_since is not None
+        return 0.0 if busy else time.monotonic() - self._last_finished
 
     @property
     def stalled_s(self) -> float:
-        """Seconds that the device has been busy with the same batch; 0 if it has none."""
+        """Seconds that the device has been busy with the same batch, or in being given one; 0 if it has none."""
         running = next(iter(self._running.copy()), None)
-        return 0.0 if running is None else time.monotonic() - max(running.dispatched, self._last_finished)
+        since = self._launching_since if running is None else running.dispatched
+        return 0.0 if since is None else time.monotonic() - max(since, self._last_finished)
 
     def wait_s(self, tokens: int) -> float:
         """Returns how long so many more tokens would take to be scored, by the speed of late; 0 before it is known."""
@@ -251,6 +270,7 @@ class Batcher:
                 self._in_flight.put(None)
                 return
             self._launch(slices)
+            self._launching_since = None
 
     def _launch(self, slices: Sequence[_Slice]) -> None:
         """Packs and dispatches a batch, for which a slot is held; jobs of one that cannot be packed go alone."""
@@ -286,6 +306,8 @@ class Batcher:
                     continue
                 patience = self._waiting_since + self.max_wait_s - time.monotonic()
                 if patience <= 0 or self._stopping or self._queued_tokens >= self.max_batch_tokens:
+                    # Before the tokens leave the queue: at every moment the work is seen somewhere.
+                    self._launching_since = time.monotonic()
                     return self._take(min(heaps, key=lambda heap: heap[0][0]))
                 self._changed.wait(patience)
 
@@ -293,7 +315,7 @@ class Batcher:
         """Removes dropped and late jobs from the heads of the heaps."""
         now = time.monotonic()
         for heap in self._heaps.values():
-            while heap and (heap[0][2].dropped or heap[0][0] <= now):
+            while heap and (heap[0][2].dropped or heap[0][2].deadline <= now):
                 job = heapq.heappop(heap)[2]
                 if not job.dropped:
                     self._queued_tokens -= job.tokens
@@ -309,7 +331,7 @@ class Batcher:
                 heapq.heappop(heap)
                 continue
             number = job.fitting(budget)
-            if slices and not job.worthwhile(number):
+            if slices and (job.trial or slices[0].job.trial or not job.worthwhile(number)):
                 break
             waiting = job.tokens
             slices.append(job.take(max(1, number)))
@@ -347,7 +369,7 @@ class Batcher:
                 self._slots.release()
 
     def _deliver(self, batch: _Batch, logits: Float32[np.ndarray, "n 2"]) -> None:
-        """Hands a batch's logits to its jobs and counts what it cost."""
+        """Hands a batch's logits to its jobs, learns how fast the device is, and counts what the batch cost."""
         now = time.monotonic()
         busy_s = now - max(batch.dispatched, self._last_finished)
         self._last_finished = now
@@ -359,15 +381,19 @@ class Batcher:
             if not job.left and not job.future.done():
                 job.finished = now
                 job.future.set_result(job.logits)
-        self.metrics.busy_s.inc(busy_s)
         forwards = [forward for group, _ in batch.passes for forward in group]
         real = sum(forward.real_tokens for forward in forwards)
         if busy_s > 0:
             # Follows the speed slowly, as passes differ in shape; a small pass says little about a full one.
             weight = 1.0 if self.tokens_per_s is None else 0.2 * min(1.0, real / self.max_batch_tokens)
             self.tokens_per_s = weight * real / busy_s + (1 - weight) * (self.tokens_per_s or 0.0)
+        if not batch.slices[0].job.trial:
+            self._count(batch, forwards, busy_s)
+
+    def _count(self, batch: _Batch, forwards: Sequence[Forward], busy_s: float) -> None:
+        self.metrics.busy_s.inc(busy_s)
         self.metrics.items.inc(batch.num_items)
-        self.metrics.tokens.inc(real)
+        self.metrics.tokens.inc(sum(forward.real_tokens for forward in forwards))
         for forward in forwards:
             bucket = forward.bucket
             self.metrics.places.inc(bucket.tokens)

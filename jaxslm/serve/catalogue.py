@@ -1,10 +1,11 @@
 """The item store behind the routes: ids become vectors, and items become records."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from jaxslm.compress.catalogue import Summary, encode_catalogue
 from jaxslm.compress.encoder import ItemEncoder
 from jaxslm.data_files import Item
+from jaxslm.errors import InputError
 from jaxslm.items.lookup import ItemVectors, Lookup, Status
 from jaxslm.items.record import StorageDtype
 from jaxslm.items.store import Store
@@ -12,10 +13,25 @@ from jaxslm.serve.metrics import Metrics
 
 
 class Catalogue:
-    """Items of one store for one encoder. Safe for threads. Every method raises StoreUnavailable if the store fails."""
+    """Items of one store for one encoder. Safe for threads. Every method raises StoreUnavailable if the store fails.
 
-    def __init__(self, store: Store, encoder: ItemEncoder, dtype: StorageDtype, metrics: Metrics) -> None:
+    Attributes:
+        ks: how many vectors an item may have here, in rising order.
+    """
+
+    def __init__(
+        self, store: Store, encoder: ItemEncoder, dtype: StorageDtype, metrics: Metrics, compiled: Collection[int]
+    ) -> None:
+        """Args: compiled: the numbers of vectors that the ranker's shapes take; an item of others is never scored.
+
+        Raises:
+            InputError: none of them is one that the encoder makes.
+        """
         self.encoder = encoder
+        self.ks = sorted(set(encoder.ks) & set(compiled))
+        if not self.ks:
+            made = ", ".join(map(str, encoder.ks))
+            raise InputError(f"buckets: none takes vectors of this compressor (k = {made}), which the store holds")
         self._store, self._dtype, self._metrics = store, dtype, metrics
         self._vectors = ItemVectors(store, encoder.identity)
 

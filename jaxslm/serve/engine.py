@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import jax
 from jaxslm.checkpoint import load_manifest
 from jaxslm.errors import InputError
 from jaxslm.items.store import open_store
-from jaxslm.score.parallel import scoring_devices
+from jaxslm.score.parallel import device_name, scoring_devices
 from jaxslm.score.warmup import uncounted_compilations
 from jaxslm.serve.batcher import DeadlineError, DeviceError
 from jaxslm.serve.cache import open_cache
@@ -61,15 +62,20 @@ class Engine:
         self._reloading = False
         self._compiling: threading.Thread | None = None
         self._watch()
+        self._tell()
 
     def _load(self, path: str) -> ServedModel:
         return ServedModel(path, self.settings, self.metrics, scoring_devices(), self.store, self.cache)
+
+    def _tell(self) -> None:
+        self.metrics.serves(self.model.name, self.model.ranker.dtype.name, device_name())
 
     def _watch(self) -> None:
         health, watch = self.health, self.metrics.watch
         watch("ready", "Whether requests are welcome.", lambda: float(health.status == "ready"))
         watch("compilations_after_ready", "Programs compiled while serving.", lambda: float(health.compilations))
         watch("queued_tokens", "Tokens that wait for the device.", lambda: float(self.model.batcher.queued_tokens))
+        watch("num_requests_waiting", "Those that wait for the device.", lambda: self.model.batcher.queued_requests)
         watch("running_batches", "Batches on the device or next.", lambda: float(self.model.batcher.running_batches))
         watch("tokens_per_second", "Speed of the device of late.", lambda: self.model.batcher.tokens_per_s or 0.0)
 
@@ -111,20 +117,21 @@ class Engine:
         folder = path or self._path
         if "\0" in folder:
             raise invalid("model: must not hold null characters", "model")
+        folder = str(Path(folder).absolute())
         self._reloading = True
         try:
             new = await asyncio.wrap_future(self._prepare(folder))
             # No await between these: whoever asks for the model gets the old one or the new one, and its health.
             old, self.model, self._path = self.model, new, folder
-            self.health.batcher = new.batcher
+            self.health.replace(new.batcher)
+            self._tell()
             logger.info("reloaded", extra={"fields": {"model": new.name}})
             while old.users:
                 await asyncio.sleep(POLL_S)
             await asyncio.to_thread(old.stop)
             return new
         except InputError as error:
-            # The message names the folder as it was given. Files below it say what is wrong; where it is says nothing.
-            raise invalid(str(error).replace(str(Path(folder)), "model"), "model") from None
+            raise invalid(_without_folder(str(error), folder), "model") from None
         except OSError as error:
             raise invalid(f"model: cannot be read ({error.strerror})", "model") from None
         except (DeviceError, DeadlineError, jax.errors.JaxRuntimeError):
@@ -170,3 +177,12 @@ class Engine:
             self.tracer.close()
         if self.store is not None:
             self.store.close()
+
+
+def _without_folder(message: str, folder: str) -> str:
+    """Returns the message with "model" for the checkpoint's folder: which file is wrong is of use, where it is is not.
+
+    Args:
+        folder: an absolute path, as the message has it.
+    """
+    return re.sub(rf"(?<![\w./-]){re.escape(folder)}(?![\w-]|\.\w)", "model", message)

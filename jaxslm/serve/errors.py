@@ -6,12 +6,21 @@ from typing import Any
 
 from starlette.responses import Response
 
+REASONS = (
+    *("invalid_http", "invalid_request", "unauthorized", "forbidden", "not_found", "method_not_allowed"),
+    *("item_not_found", "item_stale", "item_corrupt", "body_too_slow", "body_too_large", "head_too_large"),
+    *("too_many_items", "unsupported_media_type", "reload_in_progress", "reload_failed"),
+    *("queue_full", "overloaded", "too_many_bodies", "warming", "draining", "failed", "device_failed"),
+    *("device_stalled", "store_unavailable", "deadline", "internal_error"),
+)
+"""What `ApiError.kind` may be: metrics count each from the start."""
+
 
 class ApiError(Exception):
     """A request that is refused.
 
     Attributes:
-        status: HTTP status. kind: short name of the reason, for programs. message: for people; names field and rule.
+        status: HTTP status. kind: the reason, one of `REASONS`. message: for people; names field and rule.
         param: the field at fault, if one is. retry_after_s: when to come back, if that helps.
     """
 

@@ -1,8 +1,12 @@
 """Prometheus metrics of one server. Names follow vLLM's and SGLang's where they mean the same."""
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from jaxslm.items.lookup import Status
+from jaxslm.serve.errors import REASONS
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -15,7 +19,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter("num_requests", "Requests answered.", "route", "status")
-        self.rejected = self._counter("num_rejected_requests", "Requests refused before scoring.", "reason")
+        self.rejected = self._counter("num_rejected_requests", "Requests refused or failed.", "reason")
         self.cancelled = self._counter("num_aborted_requests", "Requests whose client went away.")
         self.items = self._counter("items", "Items scored on the device.")
         self.tokens = self._counter("prompt_tokens", "Tokens that the device read, prefixes included.")
@@ -32,6 +36,20 @@ class Metrics:
         self.queue_s = self._histogram("request_queue_time_seconds", "Waiting for the device.", _SECONDS)
         self.device_s = self._histogram("request_inference_time_seconds", "Dispatched to scored.", _SECONDS)
         self.respond_s = self._histogram("request_response_time_seconds", "Scored to answer written.", _SECONDS)
+
+        self.model_info = Gauge(
+            "jaxslm_model_info", "The model in service: always 1.", ("model", "dtype", "device"), registry=self.registry
+        )
+        # A series that has no sample before its first event has no rate when it matters.
+        known = {self.rejected: REASONS, self.lookups: get_args(Status), self.cache: ("hit", "miss")}
+        for counter, labels in {**known, self.reloads: ("done", "refused")}.items():
+            for label in labels:
+                counter.labels(label)
+
+    def serves(self, model: str, dtype: str, device: str) -> None:
+        """Says which model is in service."""
+        self.model_info.clear()
+        self.model_info.labels(model, dtype, device).set(1)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"jaxslm_{name}", text, labels, registry=self.registry)

@@ -14,9 +14,10 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jaxslm.serve.app import MAX_HEAD_BYTES, create_app
+from jaxslm.serve.app import create_app
 from jaxslm.serve.engine import Engine
 from jaxslm.serve.errors import ApiError, error_body
+from jaxslm.serve.gate import MAX_HEAD_BYTES
 from jaxslm.serve.logs import log_to_stderr
 from jaxslm.serve.service import Service
 from jaxslm.serve.settings import Keys, ServeSettings, read_keys
@@ -114,7 +115,9 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ends when nothing is left to answer, or when the server will never be ready."""
-        if self._drain_until is not None and (not self.service.active or time.monotonic() > self._drain_until):
+        if self._drain_until is not None and (
+            not self.service.admission.active.number or time.monotonic() > self._drain_until
+        ):
             self.should_exit = True
         if self.service.engine.health.state == "failed":
             self.should_exit = True

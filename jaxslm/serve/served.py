@@ -64,7 +64,8 @@ class ServedModel:
         self.batcher = Batcher(self.ranker.scorer, metrics, max_batch_tokens, settings.max_wait_ms / 1000)
         self.catalogue: Catalogue | None = None
         if store is not None:
-            self.catalogue = Catalogue(store, load_encoder(path), settings.store_dtype, metrics)
+            compiled = {bucket.vectors_per_item for bucket in self.ranker.scorer.buckets.buckets}
+            self.catalogue = Catalogue(store, load_encoder(path), settings.store_dtype, metrics, compiled)
         self.preparer = Preparer(self.ranker, metrics, settings.max_items, self.catalogue, cache)
         self._first_pass_s = settings.stall_s
 
@@ -82,7 +83,7 @@ class ServedModel:
             self.catalogue.encoder.warm_up()
         self.ranker.warm_up(done)
         self.batcher.start()
-        job = self.batcher.submit(self._full_request(), time.monotonic() + self._first_pass_s)
+        job = self.batcher.submit(self._full_request(), time.monotonic() + self._first_pass_s, trial=True)
         if not np.isfinite(job.future.result()).all():
             raise InputError("the checkpoint's scores are no finite numbers")
 

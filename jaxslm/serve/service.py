@@ -2,9 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
 from jaxslm.score.scorer import Ranker, Scores
+from jaxslm.serve.admission import Admission
 from jaxslm.serve.batcher import Batcher, DeadlineError, DeviceError, Job
 from jaxslm.serve.catalogue import Catalogue
 from jaxslm.serve.engine import Engine
@@ -59,17 +59,19 @@ class Call:
     """One HTTP request on its way: when it must be answered and what its parts took, in seconds of the monotonic clock.
 
     Attributes:
-        route: the path as it is documented, for metrics. deadline, received: `time.monotonic()`.
+        route: the path, or "unknown" if there is no such route, for metrics. deadline, received: `time.monotonic()`.
         refusal: the reason, if the answer is one.
+        receive_s: from the head to the end of the body. tokenise_s: from there to rows for the device.
     """
 
     request_id: str
+    route: str
     received: float
     deadline: float
-    route: str = "unknown"
     refusal: str | None = None
     items: int = 0
     tokens: int = 0
+    receive_s: float = 0.0
     tokenise_s: float = 0.0
     queue_s: float = 0.0
     device_s: float = 0.0
@@ -83,12 +85,10 @@ class Service:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.settings = engine.settings
-        self.active = 0
+        self.admission = Admission(engine)
         # Tokenisation leaves the interpreter's lock alone, so threads help; more than a few only queue for it.
         self._threads = ThreadPoolExecutor(4, "prepare")
         self._encoder_thread = ThreadPoolExecutor(1, "encode")
-        metrics = engine.metrics
-        metrics.watch("num_requests_running", "Requests being prepared, waiting or scored.", lambda: self.active)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -133,11 +133,10 @@ class Service:
             body = parse()
             if len({item.id for item in body.items}) != len(body.items):
                 raise invalid("items: ids must not repeat", "items")
-            if len(body.items) > self.settings.max_items:
-                raise ApiError(413, "too_many_items", f"{len(body.items)} items: at most {self.settings.max_items}")
-            k = body.vectors_per_item or max(catalogue.encoder.config.ks)
-            if k not in catalogue.encoder.config.ks:
-                raise invalid(f"vectors_per_item: must be one of {catalogue.encoder.config.ks}", "vectors_per_item")
+            self._check_number(len(body.items))
+            k = body.vectors_per_item or catalogue.ks[-1]
+            if k not in catalogue.ks:
+                raise invalid(f"vectors_per_item: must be one of {catalogue.ks}", "vectors_per_item")
             call.items = len(body.items)
             items = [Item(id=item.id, title=item.title, text=item.text) for item in body.items]
             summary = catalogue.put(items, k)
@@ -154,10 +153,15 @@ class Service:
 
         def delete(catalogue: Catalogue) -> DeleteItemsResponse:
             body = parse()
+            self._check_number(len(body.ids))
             call.items = len(body.ids)
             return DeleteItemsResponse(deleted=catalogue.delete(body.ids))
 
         return await self._with_catalogue(delete)
+
+    def _check_number(self, items: int) -> None:
+        if items > self.settings.max_items:
+            raise ApiError(413, "too_many_items", f"{items} items: at most {self.settings.max_items}")
 
     async def _with_catalogue(self, work: Callable[[Catalogue], Result]) -> Result:
         """Returns what `work` does to the items of the store, one call after another."""
@@ -187,30 +191,12 @@ class Service:
             stored_items=None if stored is None else {str(status): number for status, number in stored.items()},
         )
 
-    @contextmanager
-    def admitted(self, *, queues: bool = True) -> Iterator[None]:
-        """Counts a request while it is worked on; raises ApiError, before anything is read, if none are taken now.
-
-        Args:
-            queues: whether it is one of those that must not be too many.
-        """
-        status = self.engine.health.status
-        if status != "ready":
-            raise ApiError(503, status, f"not ready: {status}", retry_after_s=self.settings.watchdog_s)
-        if queues and self.active >= self.settings.max_queued_requests:
-            _refuse_load(self.engine.model.batcher, "queue_full", "the queue is full", 0)
-        self.active += 1
-        try:
-            yield
-        finally:
-            self.active -= 1
-
     async def _run(
         self, batcher: Batcher, call: Call, prepare: Callable[[], tuple[Result, Prepared]], gone: Disconnected
     ) -> tuple[Result, Prepared]:
         """Prepares a request in a thread, has it scored and returns both."""
         body, prepared = await self._in_thread(self._threads, prepare)
-        call.tokenise_s = time.monotonic() - call.received
+        call.tokenise_s = time.monotonic() - call.received - call.receive_s
         call.items, call.tokens = len(prepared.status), prepared.num_tokens
         if prepared.work:
             await self._score(batcher, call, prepared, gone)
@@ -229,7 +215,7 @@ class Service:
         """Has the prepared rows scored and fills in their logits."""
         left = call.deadline - time.monotonic()
         if batcher.wait_s(prepared.num_tokens) > ADMITTED_SHARE * left and batcher.queued_tokens:
-            _refuse_load(batcher, "overloaded", "it would not be scored by its deadline", prepared.num_tokens)
+            self.admission.refuse_load("overloaded", "it would not be scored by its deadline", prepared.num_tokens)
         jobs = [batcher.submit(request, call.deadline) for request, _ in prepared.work]
         try:
             results = await self._wait(jobs, left, gone)
@@ -240,6 +226,7 @@ class Service:
         for (_, places), logits in zip(prepared.work, results, strict=True):
             prepared.logits[places] = logits
         if not np.isfinite(prepared.logits[[place for _, places in prepared.work for place in places]]).all():
+            self.engine.health.suspect()
             raise ApiError(503, "device_failed", "the device returned no numbers", retry_after_s=1.0)
         if self.engine.cache is not None:
             self._threads.submit(self.engine.cache.put, prepared.scored())
@@ -273,32 +260,40 @@ class Service:
             scored.cancel()
 
 
-def _refuse_load(batcher: Batcher, reason: str, message: str, tokens: int) -> None:
-    raise ApiError(429, reason, message, retry_after_s=batcher.wait_s(tokens))
-
-
 def _score_response(model: ServedModel, body: ScoreRequest, prepared: Prepared) -> ScoreResponse:
     no_yes = model.ranker.label_token_ids
     labels = tuple(body.label_token_ids or no_yes)
     known = ~np.isnan(prepared.logits[:, 0])
-    chosen = prepared.logits[:, [no_yes.index(label) for label in labels]].astype(np.float64)
-    if body.label_token_ids is not None and not body.apply_softmax:
-        scores = np.exp(chosen)  # the ranker's logits are log-probabilities among the whole vocabulary then
-    else:
-        exps = np.exp(chosen - chosen.max(axis=1, keepdims=True)) if len(chosen) else chosen
-        scores = exps / exps.sum(axis=1, keepdims=True)
-    log_odds = Scores(prepared.logits, prepared.truncated).log_odds
+    places = [no_yes.index(label) for label in labels]
     calibration = model.ranker.manifest.calibration
+    scored = Scores(prepared.logits, prepared.truncated, calibration)
+    if body.label_token_ids is not None and not body.apply_softmax:
+        # The ranker's logits are log-probabilities among the whole vocabulary then.
+        scores = np.exp(prepared.logits[:, places].astype(np.float64))
+    else:
+        scores = _among_labels(scored.probabilities, places)
     return ScoreResponse(
         scores=_or_none(scores, known),
         model=model.name,
         usage=ScoreUsage(prompt_tokens=prepared.num_tokens, total_tokens=prepared.num_tokens),
         label_token_ids=list(labels),
-        logits=_or_none(log_odds, known),
-        calibrated=None if calibration is None else _or_none(calibration.apply(log_odds), known),
+        logits=_or_none(scored.log_odds, known),
+        calibrated=None if calibration is None else _or_none(scored.calibrated, known),
         truncated=prepared.truncated,
         status=prepared.status,
     )
+
+
+def _among_labels(yes: np.ndarray, places: Sequence[int]) -> np.ndarray:
+    """Returns the probabilities of labels among themselves, [J, labels].
+
+    Args:
+        yes: P(yes) as the ranker and every other route have it. places: 0 for no, 1 for yes, per label.
+    """
+    if len(set(places)) == 1:
+        return np.full((len(yes), len(places)), 1 / len(places))
+    both = np.stack([1 - yes.astype(np.float64), yes], axis=1)[:, places]
+    return both / both.sum(axis=1, keepdims=True)
 
 
 def _rerank_response(

@@ -49,7 +49,8 @@ class ServeSettings(Settings):
             None.
         max_batch_tokens: tokens that are sent to the device together; the largest bucket's, times devices, if None.
         max_wait_ms: how long a request may wait for others to share its forward pass.
-        max_queued_requests: requests being prepared or waiting, beyond which new ones get 429.
+        max_queued_requests: requests being prepared or waiting, beyond which new ones get 429. max_open_bodies: the
+            same for requests whose body is still on its way; slow clients are many and cost little.
         deadline_ms: the time that a request has when it names none, and the most that it may ask for.
         max_items, max_body_bytes: larger requests get 413.
         read_timeout_s: a request whose head and body take longer is cut off.
@@ -72,6 +73,7 @@ class ServeSettings(Settings):
     max_batch_tokens: Positive | None = None
     max_wait_ms: Annotated[float, Field(ge=0)] = 2.0
     max_queued_requests: Positive = 256
+    max_open_bodies: Positive = 2048
     deadline_ms: Annotated[float, Field(gt=0)] = 10_000.0
     max_items: Positive = 1000
     max_body_bytes: Positive = 16 * 2**20

@@ -31,7 +31,7 @@ class Tracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def record(self, call: "Call", method: str, status: int, headers: Mapping[str, str]) -> None:
-        """Makes the spans of a request that ends now: the whole, and tokenise, queue, device and respond if it scored.
+        """Makes the spans of a request that ends now: the whole, and its parts if it scored.
 
         Args:
             status: of the answer; 499 if the client had gone. headers: in lower case; `traceparent` is continued.
@@ -64,10 +64,12 @@ class Tracer:
             span.set_status(trace.StatusCode.ERROR)
         if call.scored is not None:
             within = trace.set_span_in_context(span)
-            tokenised = call.received + call.tokenise_s
+            body_read = call.received + call.receive_s
+            tokenised = body_read + call.tokenise_s
             dispatched = min(tokenised + call.queue_s, call.scored)
-            moments = (call.received, tokenised, dispatched, call.scored, now)
-            for name, start, end in zip(("tokenise", "queue", "device", "respond"), moments, moments[1:], strict=False):
+            moments = (call.received, body_read, tokenised, dispatched, call.scored, now)
+            names = ("receive", "tokenise", "queue", "device", "respond")
+            for name, start, end in zip(names, moments, moments[1:], strict=False):
                 self._tracer.start_span(name, within, start_time=at(start)).end(at(end))
         span.end(wall_ns)
 

@@ -22,7 +22,7 @@ def server(files: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> I
     """A server with a store, an admin key, and a limit of 200 items and 1 MB."""
     store = str(tmp_path_factory.mktemp("store") / "lmdb")
     limits: dict[str, Any] = {"max_items": 200, "max_body_bytes": 1_000_000, "read_timeout_s": 2.0}
-    # A busy machine may be slow, and the watchdog's own items would be counted.
+    # A busy machine may be slow.
     settings = ServeSettings(**files, **limits, store=store, deadline_ms=120_000.0, watchdog_s=3600.0, stall_s=120.0)
     with running(settings) as server:
         gc.unfreeze()

@@ -30,12 +30,14 @@ class NumpyDevice:
     def __init__(self) -> None:
         self.packer = Packer(BUCKETS)
         self.devices = (None,)
-        self.open = threading.Event()
+        self.open, self.takes = threading.Event(), threading.Event()
         self.open.set()
+        self.takes.set()
         self.fail_dispatch = self.fail_collect = False
         self.passes: list[Forward] = []
 
     def dispatch(self, group: Sequence[Forward]) -> Forward:
+        assert self.takes.wait(SOON)
         if self.fail_dispatch:
             raise RuntimeError("out of memory")
         self.passes.append(group[0])
@@ -132,10 +134,11 @@ def test_dropped_requests_leave_the_queue(device: NumpyDevice) -> None:
         while batcher.running_batches < 2:
             time.sleep(0.001)
         dropped = [batcher.submit(PackRequest([9], [[9] * 40] * 3), soon()) for _ in range(4)]
+        assert batcher.queued_requests == 4
         for job in dropped:
             batcher.drop(job)
             batcher.drop(job)
-        assert batcher.queued_tokens == 0
+        assert batcher.queued_requests == batcher.queued_tokens == 0
         device.open.set()
         last = batcher.submit(PackRequest([4], [[5]]), soon())
         for job in (*running, last):
@@ -201,6 +204,60 @@ def test_a_stall_is_seen_while_it_lasts(device: NumpyDevice) -> None:
         while batcher.running_batches:
             time.sleep(0.001)
         assert batcher.stalled_s == 0
+
+
+def test_a_device_that_takes_no_work_is_seen_as_stalled(device: NumpyDevice) -> None:
+    device.takes.clear()
+    with batching(device) as batcher:
+        job = batcher.submit(PackRequest([1], [[2]]), soon())
+        time.sleep(0.05)
+        assert (batcher.queued_tokens, batcher.running_batches) == (0, 0)
+        assert 0.01 < batcher.stalled_s < SOON
+        assert batcher.idle_s == 0
+        device.takes.set()
+        job.future.result(SOON)
+        while batcher.running_batches:
+            time.sleep(0.001)
+        assert batcher.stalled_s == 0
+
+
+def test_the_servers_own_passes_go_first_alone_and_are_not_counted(device: NumpyDevice) -> None:
+    device.open.clear()
+    with batching(device, max_batch_tokens=500) as batcher:
+        blockers = []
+        for _ in range(2):
+            blockers.append(batcher.submit(PackRequest([1], [[2] * 40]), soon()))
+            while batcher.running_batches < len(blockers):
+                time.sleep(0.001)
+        others = [batcher.submit(PackRequest([3], [[4, 5]]), soon()) for _ in range(2)]
+        trial = batcher.submit(PackRequest([9], [[9, 9]]), soon() + SOON, trial=True)
+        device.open.set()
+        for job in (*blockers, *others, trial):
+            job.future.result(SOON)
+        while batcher.running_batches:
+            time.sleep(0.001)
+        counted = [
+            batcher.metrics.registry.get_sample_value(f"jaxslm_{name}_total") for name in ("items", "prompt_tokens")
+        ]
+    holding = [forward for forward in device.passes if (forward.tokens == 9).any()]
+    assert device.passes.index(holding[0]) <= 2
+    assert [forward.real_tokens for forward in holding] == [3]
+    assert counted == [4, 2 * 41 + 2 * 3]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_has_died_is_seen(device: NumpyDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die() -> None:
+        raise RuntimeError
+
+    with batching(device) as batcher:
+        assert batcher.alive
+        monkeypatch.setattr(batcher, "_forget_ended", die)
+        batcher.submit(PackRequest([1], [[2]]), soon())
+        until = time.monotonic() + SOON
+        while batcher.alive and time.monotonic() < until:
+            time.sleep(0.001)
+        assert not batcher.alive
 
 
 def test_a_clock_that_jumps_changes_nothing(device: NumpyDevice, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import pytest
 
 from jaxslm.items.store import StoreUnavailable
 from jaxslm.score.compiled import CompiledScorer
+from jaxslm.score.packing import PackRequest
+from jaxslm.serve.batcher import Batcher, Job
 from jaxslm.serve.run import Server
 from tests.serve.tiny_server import ADMIN, log_lines, metric, process
 
+PROBE_TOKENS = 3
 BODY = {"query": "x", "items": ["a job", "a ward"]}
 
 
@@ -104,6 +108,82 @@ def test_numbers_that_are_none_are_never_scores(server: Server, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(CompiledScorer, "collect", poisoned)
         assert score(server.url).json()["type"] == "device_failed"
+        wait_for(lambda: ready(server.url) == (503, "device_failed"))
+        assert score(server.url).status_code == 503
+    wait_for(lambda: ready(server.url)[0] == 200)
+
+
+def test_numbers_that_a_request_itself_spoils_leave_the_server_ready(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends such vectors gets no score; the watchdog's own pass has numbers, and says that all is well."""
+    collect, probes = CompiledScorer.collect, []
+
+    def spoiled(self: CompiledScorer, group: Any, result: Any, logits: np.ndarray) -> None:
+        collect(self, group, result, logits)
+        if group[0].real_tokens == PROBE_TOKENS:
+            probes.append(logits.copy())
+        else:
+            logits[:] = np.nan
+
+    def more_than(number: int) -> bool:
+        return len(probes) > number
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompiledScorer, "collect", spoiled)
+        for number in range(3):
+            assert score(server.url).json()["type"] == "device_failed"
+            wait_for(partial(more_than, number))
+            assert ready(server.url) == (200, "ready")
+    assert np.isfinite(probes).all()
+
+
+def test_a_device_that_takes_no_work_ends_in_504_and_then_in_503(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch, released = CompiledScorer.dispatch, threading.Event()
+
+    def blocked(self: CompiledScorer, group: Any) -> Any:
+        assert released.wait(60)
+        return dispatch(self, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompiledScorer, "dispatch", blocked)
+        patch.setattr(server.service.engine.health, "_stall_s", 0.2)
+        answer = score(server.url, deadline_ms=300)
+        assert (answer.status_code, answer.json()["type"]) == (504, "deadline")
+        wait_for(lambda: ready(server.url) == (503, "device_stalled"))
+        assert score(server.url).status_code == 503
+        released.set()
+        wait_for(lambda: ready(server.url)[0] == 200)
+
+
+def test_a_probe_that_is_not_answered_turns_readiness_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue takes the watchdog's item and nothing comes of it, though no batch is seen to be late."""
+    health, submit = server.service.engine.health, Batcher.submit
+
+    def lost(self: Batcher, request: PackRequest, deadline: float, *, trial: bool = False) -> Job:
+        return Job(request, deadline) if trial else submit(self, request, deadline)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batcher, "submit", lost)
+        patch.setattr(Batcher, "drop", lambda *_: None)
+        patch.setattr(health, "_stall_s", 0.2)
+        health.suspect()
+        wait_for(lambda: ready(server.url) == (503, "device_stalled"))
+    wait_for(lambda: ready(server.url)[0] == 200)
+
+
+@pytest.mark.parametrize("thread", ["scheduler", "collector"])
+def test_without_its_threads_the_server_is_not_ready(
+    server: Server, monkeypatch: pytest.MonkeyPatch, thread: str
+) -> None:
+    batcher = server.service.engine.model.batcher
+    threads = [threading.Thread() if each.name == thread else each for each in batcher._threads]
+    with monkeypatch.context() as patch:
+        patch.setattr(batcher, "_threads", threads)
+        assert ready(server.url) == (503, "device_failed")
+        assert score(server.url).json()["type"] == "device_failed"
 
 
 def test_a_stalled_device_ends_in_504_and_then_in_503(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +226,8 @@ def test_too_much_work_is_refused_at_once_with_when_to_come_back(
         answer = score(server.url)
         assert (answer.status_code, answer.json()["type"]) == (429, "overloaded")
         assert int(answer.headers["retry-after"]) > 5
-        patch.setattr(server.service, "settings", server.service.settings.model_copy(update={"max_queued_requests": 1}))
+        admission = server.service.admission
+        patch.setattr(admission, "settings", admission.settings.model_copy(update={"max_queued_requests": 1}))
         assert score(server.url).json()["type"] == "queue_full"
         released.set()
         assert [each.result().status_code for each in accepted] == [200] * 3
@@ -164,9 +245,11 @@ def test_a_draining_server_says_so(server: Server, monkeypatch: pytest.MonkeyPat
 
 def test_the_watchdog_scores_on_an_idle_device(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
+        batcher = server.service.engine.model.batcher
         patch.setattr(server.service.engine.health, "_watchdog_s", 0.1)
-        before = metric(server.url, "jaxslm_items_total")
-        wait_for(lambda: metric(server.url, "jaxslm_items_total") > before)
+        finished, counted = batcher._last_finished, metric(server.url, "jaxslm_items_total")
+        wait_for(lambda: batcher._last_finished > finished)
+        assert metric(server.url, "jaxslm_items_total") == counted
 
 
 def test_a_wall_clock_that_jumps_ends_no_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

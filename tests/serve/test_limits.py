@@ -1,18 +1,26 @@
 """What hostile or broken clients get: a refusal with the one body, soon, and nobody else notices."""
 
+import gzip
 import json
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
 
 from jaxslm.serve.run import Server
-from tests.serve.tiny_server import metric
+from tests.serve.tiny_server import ADMIN, metric
 
 JSON = {"content-type": "application/json"}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @contextmanager
@@ -99,6 +107,12 @@ def test_a_body_of_unknown_length_is_refused_once_it_is_too_long(server: Server)
 def test_bodies_of_another_type_are_refused(server: Server) -> None:
     answer = httpx.post(f"{server.url}/v1/score", content=b"{}", headers={"content-type": "text/plain"}, timeout=60)
     assert answer.status_code == 415
+    packed = gzip.compress(b'{"query": "x", "items": ["y"]}')
+    answer = httpx.post(
+        f"{server.url}/v1/score", content=packed, headers={**JSON, "content-encoding": "gzip"}, timeout=60
+    )
+    assert answer.status_code == 415
+    assert "content-encoding" in answer.json()["message"]
 
 
 def test_a_body_that_is_too_slow_is_refused(server: Server) -> None:
@@ -108,6 +122,24 @@ def test_a_body_that_is_too_slow_is_refused(server: Server) -> None:
         answer = until_closed(client)
         assert time.monotonic() - start < 30
     assert b" 408 " in answer
+
+
+def test_clients_that_send_slowly_keep_nobody_else_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    admission = server.service.admission
+    few = {"max_queued_requests": 2, "max_open_bodies": 4}
+    with monkeypatch.context() as patch, ExitStack() as stack:
+        patch.setattr(admission, "settings", admission.settings.model_copy(update=few))
+        slow = [stack.enter_context(connection(server)) for _ in range(4)]
+        for client in slow:
+            client.sendall(head(length=100) + b"\r\n{")
+            wait_for(lambda: admission._reading.number == admission.active.number > 0)
+        wait_for(lambda: admission._reading.number == 4)
+        answer = httpx.post(f"{server.url}/v1/score", json={"query": "x", "items": ["y"]}, timeout=60)
+        assert (answer.status_code, answer.json()["type"]) == (429, "too_many_bodies")
+        slow[0].close()
+        wait_for(lambda: admission._reading.number == 3)
+        answer = httpx.post(f"{server.url}/v1/score", json={"query": "x", "items": ["y"]}, timeout=60)
+        assert answer.status_code == 200
 
 
 def test_a_head_that_is_too_slow_is_cut_off(server: Server) -> None:
@@ -178,6 +210,29 @@ def test_wrong_methods_are_refused_with_what_is_allowed(server: Server) -> None:
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
     assert answer.json()["type"] == "method_not_allowed"
+    answer = httpx.get(f"{server.url}/v1/items", headers=ADMIN, timeout=60)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, PUT")
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+def test_head_asks_as_get_does(server: Server, path: str) -> None:
+    answer = httpx.head(f"{server.url}{path}", timeout=60)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_more_ids_than_items_are_allowed_are_refused(server: Server) -> None:
+    ids = [f"i{number}" for number in range(201)]
+    answer = httpx.request("DELETE", f"{server.url}/v1/items", json={"ids": ids}, headers=ADMIN, timeout=60)
+    assert (answer.status_code, answer.json()["type"]) == (413, "too_many_items")
+
+
+def test_openapi_says_which_keys_there_are(server: Server) -> None:
+    document = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
+    schemes = document["components"]["securitySchemes"]
+    assert {each["type"] for each in schemes.values()} == {"http", "apiKey"}
+    assert document["paths"]["/health/live"]["get"]["security"] == [{}]
+    assert {name for each in document["paths"]["/v1/score"]["post"]["security"] for name in each} == set(schemes)
+    assert httpx.get(f"{server.url}/redoc", timeout=60).status_code == 404
 
 
 def test_a_request_id_that_could_break_a_log_is_replaced(server: Server) -> None:

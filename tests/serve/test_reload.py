@@ -17,6 +17,7 @@ import pytest
 
 from jaxslm.checkpoint import load_checkpoint, load_manifest, save_checkpoint
 from jaxslm.score.warmup import compilations, uncounted_compilations
+from jaxslm.serve.engine import _without_folder
 from jaxslm.serve.run import Server
 from jaxslm.serve.served import ServedModel
 from jaxslm.serve.settings import CacheSettings, ServeSettings
@@ -195,6 +196,26 @@ def test_a_broken_checkpoint_changes_nothing(
     assert score(server)["logits"] == scores["logits"]
     assert httpx.get(f"{server.url}/health/ready", timeout=60).status_code == 200
     assert threading.active_count() <= threads
+
+
+@pytest.mark.parametrize("folder", [".", "m", "..", "tests/.."])
+def test_a_short_name_of_a_folder_leaves_the_message_whole(first_model: Server, folder: str) -> None:
+    answer = reload(first_model, folder)
+    assert answer.status_code == 400
+    assert answer.json()["message"].startswith("model: not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("folder", "message", "expected"),
+    [
+        ("/m", "/m: not a checkpoint: it has no /m/a.json", "model: not a checkpoint: it has no model/a.json"),
+        ("/m", "/m/params is damaged, as is '/m'", "model/params is damaged, as is 'model'"),
+        ("/m", "/mnt/m and /a/m stay, /m.old too", "/mnt/m and /a/m stay, /m.old too"),
+        ("/a+(b)", "/a+(b)/x.", "model/x."),
+    ],
+)
+def test_only_the_folder_itself_is_taken_out(folder: str, message: str, expected: str) -> None:
+    assert _without_folder(message, folder) == expected
 
 
 def test_a_device_that_fails_with_the_new_model_leaves_the_old_one(

@@ -4,6 +4,7 @@ import base64
 import itertools
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,14 +15,16 @@ import numpy as np
 import pytest
 
 from jaxslm.config import Calibration
+from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder
 from jaxslm.model.head import vocab_logits
 from jaxslm.model.layout import Rows
 from jaxslm.score.packing import PackRequest
 from jaxslm.score.scorer import Ranker
+from jaxslm.serve.engine import Engine
 from jaxslm.serve.run import Server
-from jaxslm.serve.settings import ServeSettings
-from tests.serve.tiny_server import ADMIN, metric, running
+from jaxslm.serve.settings import Keys, ServeSettings
+from tests.serve.tiny_server import ADMIN, BUCKETS, metric, running
 
 TOLERANCE = 1e-6
 """XLA adds up differently in passes of different shape or content: the same item in another pass differs in its last
@@ -100,8 +103,24 @@ def test_scores_are_the_rankers_in_any_mix_of_concurrent_requests(
 
 
 def test_a_request_alone_is_bit_equal_to_the_ranker(server: Server, ranker: Ranker) -> None:
-    answer = ok(post(server, "/v1/score", {"query": "night nurse", "items": ["a ward"]}))
-    assert answer["logits"] == ranker.score_request("night nurse", ["a ward"]).log_odds.tolist()
+    """In logits and probabilities, on every route, with as many items as one batch takes."""
+    generator = np.random.default_rng(1)
+    for _ in range(24):
+        query, items = LOREM[generator.integers(len(LOREM))], _items(generator, int(generator.integers(1, 8)))
+        expected = ranker.score_request(query, items)
+        yes = ranker.score(query, items).tolist()
+        assert expected.probabilities.tolist() == yes
+        answer = ok(post(server, "/v1/score", {"query": query, "items": items}))
+        assert answer["usage"]["total_tokens"] <= server.service.engine.model.batcher.max_batch_tokens
+        assert answer["logits"] == expected.log_odds.tolist()
+        assert answer["scores"] == [[1 - p, p] for p in yes]
+        results = ok(post(server, "/v1/rerank", {"query": query, "documents": items}))["results"]
+        assert {each["index"]: each["relevance_score"] for each in results} == dict(enumerate(yes))
+
+
+def _items(generator: np.random.Generator, number: int) -> list[str]:
+    """Items of many lengths."""
+    return [" ".join(generator.choice(WORDS, generator.integers(1, 15))) for _ in range(number)]
 
 
 def test_an_sglang_body_of_token_ids_is_answered_in_its_shape(server: Server, ranker: Ranker) -> None:
@@ -207,6 +226,25 @@ def test_stale_and_corrupt_records_are_named(server: Server, stored: dict[str, n
     assert deleted.json() == {"deleted": 2}
 
 
+def test_items_get_as_many_vectors_as_the_shapes_take(server: Server, ranker: Ranker) -> None:
+    """The compressor makes 1, 2 or 4; the compiled shapes take 2, and only what they take can be scored."""
+    item = {"id": "by-default", "text": "a job"}
+    answer = ok(httpx.put(f"{server.url}/v1/items", json={"items": [item]}, headers=ADMIN, timeout=120))
+    assert (answer["encoded"], answer["vectors_per_item"]) == (1, 2)
+    assert ok(post(server, "/v1/score", {"query": "python", "item_ids": ["by-default"]}))["status"] == ["embedding"]
+    body = {"items": [item], "vectors_per_item": 4}
+    message = refused(httpx.put(f"{server.url}/v1/items", json=body, headers=ADMIN, timeout=120), 400)
+    assert message == "vectors_per_item: must be one of [2]"
+
+
+def test_a_store_needs_shapes_that_take_its_vectors(files: dict[str, Any], tmp_path: Path) -> None:
+    buckets = tmp_path / "buckets.toml"
+    buckets.write_text("\n".join(line for line in BUCKETS.splitlines() if "vectors_per_item" not in line))
+    settings = ServeSettings(**files | {"buckets": str(buckets)}, store=str(tmp_path / "store"))
+    with pytest.raises(InputError, match=r"^buckets: none takes vectors of this compressor \(k = 1, 2, 4\)"):
+        Engine(settings, Keys(admin="the-admin-key"))
+
+
 def test_items_that_fail_or_have_not_changed_are_counted(server: Server, stored: dict[str, np.ndarray]) -> None:
     items = [{"id": "item-1", "text": LOREM[7]}, {"id": "empty", "text": "  "}, {"id": "new", "text": "a job"}]
     answer = httpx.put(f"{server.url}/v1/items", json={"items": items, "vectors_per_item": 2}, headers=ADMIN)
@@ -247,7 +285,7 @@ def test_calibrated_scores_are_the_checkpoints(server: Server, ranker: Ranker, m
     monkeypatch.setattr(ranker, "manifest", ranker.manifest.model_copy(update={"calibration": calibration}))
     answer = ok(post(server, "/v1/score", body))
     expected = [1 / (1 + np.exp(1.0 - 0.5 * logit)) for logit in answer["logits"]]
-    np.testing.assert_allclose(answer["calibrated"], expected, rtol=1e-9)
+    np.testing.assert_allclose(answer["calibrated"], expected, rtol=1e-6)
     assert answer["calibrated"] != [yes for _, yes in answer["scores"]]
 
 

@@ -24,7 +24,7 @@ from jaxslm.serve.settings import Keys, ServeSettings, TracingSettings
 from jaxslm.serve.tracing import Tracer, open_tracer
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-PARTS = ["tokenise", "queue", "device", "respond"]
+PARTS = ["receive", "tokenise", "queue", "device", "respond"]
 
 
 @pytest.fixture
