@@ -6,7 +6,9 @@ counts from the moment at which a request was due. A client that waits for answe
 very queue that it makes (coordinated omission).
 """
 
+import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,11 +31,14 @@ from jaxslm.progress import console
 TARGET_SHARE = 0.99
 GROWTH = 1.5
 MAX_STEPS = 30
+MIN_REQUESTS = 5  # a rate that brings fewer is none
 REFINEMENTS = 2
 LEAD_S = 1.0  # from when clients are told of a step to its first moment
 STORED = "stored"
 STORED_ITEMS = 50
 PROBES = 5
+_MODEL_INFO = re.compile(r"^jaxslm_model_info\{(.*)\} ", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 TEXT_WORKLOADS = tuple(name for name, workload in WORKLOADS.items() if not workload.vectors_per_item)
 
 
@@ -68,6 +73,9 @@ def bench_serve(
 ) -> dict[str, Any]:
     """Loads a running server with each workload and returns a result file for `jaxslm report`.
 
+    Its `items_per_s` is the first workload's, None if no rate met the target; `dtype` and `device` are None if the
+    server does not say what they are.
+
     Args:
         workloads: names of `WORKLOADS` without vectors, or "stored": 50 items a request by their ids.
         items: the items that the server's store holds; for "stored".
@@ -89,21 +97,26 @@ def bench_serve(
             row, steps = find_capacity(pool, target, traffic, options)
             rows.append(row)
             load += steps
+    about = _about(target)
     conditions = {
         "url": target.url,
-        "model": _post(target, {"query": "time", "items": ["work"]}).json()["model"],
+        **about,
         "target": f"{TARGET_SHARE:.0%} of requests answered within {options.target_ms:g} ms of when they were due",
         "arrivals": "Poisson, open loop",
         "client_processes": options.clients,
         "seconds_per_rate": options.seconds,
     }
-    return {"workload": ", ".join(workloads), "rows": rows, "load": load, "conditions": conditions}
+    first = {"workload": ", ".join(workloads), **about, "items_per_s": rows[0].get("items_per_s")}
+    return {**first, "rows": rows, "load": load, "conditions": conditions}
 
 
 def find_capacity(
     pool: ProcessPoolExecutor, target: Target, traffic: Traffic, options: LoadOptions
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Raises the rate until the target is missed, then narrows it down; returns the row and every step, in order."""
+    """Raises the rate until the target is missed, then narrows it down; returns the row and every step, in order.
+
+    If the first rate misses already, it is halved until one meets the target or brings too few requests to tell.
+    """
     steps: list[dict[str, Any]] = []
 
     def passes(rate: float) -> bool:
@@ -125,6 +138,11 @@ def find_capacity(
             best, rate = len(steps) - 1, rate * GROWTH
         else:
             missed = rate
+    while best is None and missed is not None and missed / 2 * options.seconds >= MIN_REQUESTS:
+        if passes(missed / 2):
+            best = len(steps) - 1
+        else:
+            missed /= 2
     if best is not None and missed is not None:
         for _ in range(REFINEMENTS):
             between = math.sqrt(steps[best]["requests_per_s"] * missed)
@@ -182,6 +200,20 @@ def _probe(target: Target, requests: TextTraffic | StoredTraffic, seed: int) -> 
     start = time.monotonic()
     response = _post(target, body)
     return int(response.headers.get("x-compute-tokens", 0)), time.monotonic() - start
+
+
+def _about(target: Target) -> dict[str, str | None]:
+    """Returns the server's model, dtype and device, as its answers and its metrics name them."""
+    model = _post(target, {"query": "time", "items": ["work"]}).json()["model"]
+    about: dict[str, str | None] = {"model": model, "dtype": None, "device": None}
+    try:
+        metrics = httpx.get(f"{target.url}/metrics", headers=target.headers, timeout=TIMEOUT_S)
+    except httpx.TransportError:
+        return about
+    if found := _MODEL_INFO.search(metrics.text):
+        labels = {name: json.loads(f'"{value}"') for name, value in _LABEL.findall(found[1])}
+        about |= {name: labels.get(name) for name in ("dtype", "device")}
+    return about
 
 
 def _post(target: Target, body: dict[str, Any]) -> httpx.Response:

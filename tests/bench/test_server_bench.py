@@ -21,6 +21,7 @@ from jaxslm.bench.server import LoadOptions, Traffic, _measured, bench_serve, fi
 from jaxslm.bench.workloads import Workload
 from jaxslm.errors import InputError
 from jaxslm.evaluate.results import read_results
+from jaxslm.serve.metrics import Metrics
 
 KEY = "the-key-of-the-bench"
 PREFIX, SUFFIX = 12, 3  # tokens that the stand-in's prompt adds to query and item
@@ -33,9 +34,15 @@ class Stand:
         self.seconds = seconds
         self.bodies: list[dict[str, Any]] = []
         self.lock = asyncio.Lock()
+        self.metrics = Metrics()
+        self.metrics.serves("stand-in", "float32", 'a "big" one, 2 cores')
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """ASGI."""
+        if scope["path"] == "/metrics":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": self.metrics.text()})
+            return
         body, more = b"", True
         while more:
             message = await receive()
@@ -151,11 +158,21 @@ def test_the_rate_rises_until_the_target_is_missed_and_is_then_narrowed_down(mon
     assert row["requests_per_s"] == rates[-1] <= 20
     assert row["p99_ms"] == 40
     assert row["items_per_s"] == 50 * 200 / 10
-    row, steps = find_capacity(pool, Target("http://localhost"), traffic, LoadOptions(start_rate=30.0))
-    assert [step["requests_per_s"] for step in steps] == [30.0]
-    assert "items_per_s" not in row  # no rate was low enough, and none is made up
+    row, steps = find_capacity(pool, Target("http://localhost"), traffic, LoadOptions(start_rate=90.0))
+    rates = [step["requests_per_s"] for step in steps]
+    assert rates[:4] == [90.0, 45.0, 22.5, 11.25]  # too many: halved until it is few enough
+    assert 11.25 < row["requests_per_s"] <= 20
     row, _ = find_capacity(pool, Target("http://localhost"), traffic, LoadOptions(start_rate=30.0, target_ms=1000.0))
     assert row["requests_per_s"] > 30
+
+
+def test_a_server_that_is_never_fast_enough_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_load", lambda *_, **__: answers_of(*[900.0] * 200))
+    traffic = Traffic("w", TextTraffic(1, 1, 50), 50, 10.0, alone_s=0.9)
+    options = LoadOptions(seconds=10.0, start_rate=4.0)
+    row, steps = find_capacity(ProcessPoolExecutor(1), Target("http://localhost"), traffic, options)
+    assert [step["requests_per_s"] for step in steps] == [4.0, 2.0, 1.0, 0.5]  # five requests, and no fewer
+    assert "items_per_s" not in row
 
 
 def test_client_processes_load_a_server_and_the_report_can_read_it(
@@ -171,7 +188,9 @@ def test_client_processes_load_a_server_and_the_report_can_read_it(
     assert sum(step["requests"] for step in result["load"]) == len(stand.bodies) - probed
     assert {len(set(body["item_ids"])) for body in stand.bodies if "item_ids" in body} == {50}
     assert all(step["errors"] == {} for step in result["load"])
-    assert result["conditions"]["model"] == "stand-in"
+    assert result["conditions"]["model"] == result["model"] == "stand-in"
+    assert (result["dtype"], result["device"]) == ("float32", 'a "big" one, 2 cores')
+    assert result["items_per_s"] == result["rows"][0].get("items_per_s")
     saved = tmp_path / "serve.json"
     saved.write_text(json.dumps(result))
     [section] = read_results([saved])
