@@ -104,6 +104,20 @@ def test_every_item_gets_its_own_score_in_any_mix(device: NumpyDevice, seed: int
     assert all(forward.real_tokens <= forward.bucket.tokens for forward in device.passes)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_request_alone_makes_the_passes_that_the_packer_makes_of_it(device: NumpyDevice, seed: int) -> None:
+    """In the same slots too: in others XLA adds in another order, and its score would not be bit-equal."""
+    request = random_request(np.random.default_rng(seed))
+    with batching(device, max_batch_tokens=1000) as batcher:
+        batcher.submit(request, soon()).future.result(SOON)
+    expected_passes = [forward for group in Packer(BUCKETS).pack([request]) for forward in group]
+    assert len(device.passes) == len(expected_passes)
+    for got, wanted in zip(device.passes, expected_passes, strict=True):
+        assert got.bucket == wanted.bucket
+        for name, array in wanted.batch.items():
+            np.testing.assert_array_equal(got.batch[name], array)
+
+
 def test_waiting_requests_share_a_pass(device: NumpyDevice) -> None:
     with batching(device, max_wait_s=0.2) as batcher:
         jobs = [batcher.submit(PackRequest([number], [[5, 5]]), soon()) for number in range(1, 7)]
