@@ -6,7 +6,8 @@ many rows as it needs. So a bucket fits any mix of requests, and linear maps see
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -20,6 +21,10 @@ TOKENS_PER_PAIR = 1 / 1500
 0.1 to 0.6 B parameters, counted double because small products run at half the speed."""
 
 
+MAX_LABEL_IDS = 16
+"""Tokens whose log-probabilities one item may ask for."""
+
+
 @dataclass(frozen=True)
 class PackRequest:
     """One request in token ids.
@@ -27,16 +32,23 @@ class PackRequest:
     Attributes:
         prefix_ids: what all items share; may be empty. item_ids: the tokens of each item, at least one each.
         vectors: embeddings [items, C, D] that replace the first C tokens of each item, if any.
+        label_ids: tokens, MAX_LABEL_IDS at most, whose log-probabilities among the whole vocabulary are asked for too.
     """
 
     prefix_ids: Sequence[int]
     item_ids: Sequence[Sequence[int]]
     vectors: Float[np.ndarray, "J C D"] | None = None
+    label_ids: tuple[int, ...] = ()
 
     @property
     def vectors_per_item(self) -> int:
         """C, 0 without vectors."""
         return 0 if self.vectors is None else self.vectors.shape[1]
+
+
+def values_per_item(requests: Sequence[PackRequest]) -> int:
+    """Returns how many numbers each item gets when these are scored together: two logits and what `label_ids` ask."""
+    return 2 + (MAX_LABEL_IDS if any(request.label_ids for request in requests) else 0)
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class Forward:
         vectors: [R, J, C, D] if the bucket has vectors.
         places: for each item held, its slot in the flattened [R, J]. indices: its number among all items of the input.
         real_tokens: how many of the M places are filled.
+        label_ids: tokens that each item asks for, the last one repeated to fill the row, -1 where it asks for none;
+            None if no item does.
     """
 
     bucket: Bucket
@@ -59,6 +73,12 @@ class Forward:
     places: Int[np.ndarray, " held"]
     indices: Int[np.ndarray, " held"]
     real_tokens: int
+    label_ids: Int32[np.ndarray, "held L"] | None = None
+
+    @cached_property
+    def asking(self) -> Int[np.ndarray, " asking"]:
+        """Numbers, among the items held, of those that ask for log-probabilities."""
+        return np.zeros(0, np.int64) if self.label_ids is None else np.flatnonzero(self.label_ids[:, 0] >= 0)
 
     @property
     def batch(self) -> dict[str, np.ndarray]:
@@ -114,7 +134,7 @@ class Packer:
         """The request as it is, or with a prefix that no bucket holds as part of every item: exact, but not shared."""
         if len(request.prefix_ids) <= self._prefix_edges[-1] or request.vectors is not None:
             return request
-        return PackRequest((), [[*request.prefix_ids, *item] for item in request.item_ids])
+        return replace(request, prefix_ids=(), item_ids=[[*request.prefix_ids, *item] for item in request.item_ids])
 
     def cost_tokens(self, requests: Sequence[PackRequest]) -> float:
         """Returns the cost of scoring these requests in tokens of linear work, padding and overhead included."""
@@ -183,6 +203,7 @@ class _Work:
     starts: Int[np.ndarray, " n"]
     request_of_item: Int[np.ndarray, " n"]
     vectors: Float[np.ndarray, "n C D"] | None
+    label_ids: Int32[np.ndarray, "n L"] | None
 
     @property
     def vectors_per_item(self) -> int:
@@ -211,7 +232,22 @@ class _Work:
             starts[len(prefixes) :],
             np.repeat(np.arange(len(requests)), counts),
             np.concatenate(vectors) if vectors else None,
+            _label_ids(requests, counts),
         )
+
+
+def _label_ids(
+    requests: Sequence[PackRequest], counts: Int[np.ndarray, " requests"]
+) -> Int32[np.ndarray, "n L"] | None:
+    """Returns what each item asks for, as `Forward.label_ids`."""
+    if not any(request.label_ids for request in requests):
+        return None
+    rows = np.full((len(requests), MAX_LABEL_IDS), -1, np.int32)
+    for row, request in zip(rows, requests, strict=True):
+        if request.label_ids:
+            row[:] = request.label_ids[-1]
+            row[: len(request.label_ids)] = request.label_ids
+    return rows.repeat(counts, axis=0)
 
 
 @dataclass(frozen=True)
@@ -294,7 +330,8 @@ def _fill(work: _Work, indices: Int[np.ndarray, " held"], bucket: Bucket) -> For
         vectors = np.zeros((R * J, *work.vectors.shape[1:]), work.vectors.dtype)
         vectors[places] = work.vectors[indices]
         vectors = vectors.reshape(R, J, *work.vectors.shape[1:])
-    return Forward(bucket, tokens, prefix, items.reshape(R, J, T), vectors, places, indices, total)
+    label_ids = None if work.label_ids is None else work.label_ids[indices]
+    return Forward(bucket, tokens, prefix, items.reshape(R, J, T), vectors, places, indices, total, label_ids)
 
 
 def _indices(starts: np.ndarray, lengths: np.ndarray, width: int, *, otherwise: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export as jax_export
 from jax.typing import DTypeLike
 
@@ -61,11 +60,11 @@ def warm_up(scorer: CompiledScorer, done: Callable[[int, int], None] | None = No
         done: called after each bucket with the number done and their total.
     """
     start = time.perf_counter()
-    total = len(scorer.buckets.buckets)
-    for number, group in enumerate(scorer.empty_batches(), start=1):
-        np.asarray(scorer.dispatch(group))
+    buckets = scorer.buckets.buckets
+    for number, bucket in enumerate(buckets, start=1):
+        scorer.run_empty(bucket)
         if done is not None:
-            done(number, total)
+            done(number, len(buckets))
     # What exists now lives as long as the process: the collector need not walk it in the middle of a request.
     gc.collect()
     gc.freeze()

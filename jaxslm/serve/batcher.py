@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from queue import SimpleQueue
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from jaxslm.errors import InputError
-from jaxslm.score.packing import Forward, Packer, PackRequest
+from jaxslm.score.packing import Forward, Packer, PackRequest, values_per_item
 from jaxslm.serve.metrics import Metrics
 
 QUEUED_AHEAD = 2
@@ -59,7 +59,7 @@ class Scorer(Protocol):
         ...
 
     def collect(self, group: Sequence[Forward], result: Any, logits: np.ndarray) -> None:
-        """Waits for a result of `dispatch` and puts its rows into `logits` [n, 2]."""
+        """Waits for a result of `dispatch` and puts its rows into `logits` [n, values_per_item]."""
         ...
 
 
@@ -67,7 +67,8 @@ class Job:
     """One request's items on their way through the device.
 
     Attributes:
-        future: becomes the logits of (no, yes), float32 [J, 2], in the order given.
+        future: becomes the logits of (no, yes), float32 [J, 2], in the order given; the log-probabilities of what the
+            request's `label_ids` ask for stand behind them.
         submitted, started, finished: `time.monotonic()` in seconds; the latter two None until then.
     """
 
@@ -79,8 +80,8 @@ class Job:
         self.order = np.argsort(-lengths, kind="stable")
         self.totals = np.cumsum(lengths[self.order])
         self.taken, self.left = 0, len(lengths)
-        self.logits = np.empty((len(lengths), 2), np.float32)
-        self.future: Future[Float32[np.ndarray, "J 2"]] = Future()
+        self.logits = np.empty((len(lengths), values_per_item([request])), np.float32)
+        self.future: Future[Float32[np.ndarray, "J C"]] = Future()
         # From now on cancelling the future from outside has no effect: `Batcher.drop` is the way.
         self.future.set_running_or_notify_cancel()
         self.dropped = False
@@ -136,7 +137,7 @@ class _Slice:
     def request(self) -> PackRequest:
         whole = self.job.request
         vectors = None if whole.vectors is None else whole.vectors[self.places]
-        return PackRequest(whole.prefix_ids, [whole.item_ids[place] for place in self.places], vectors)
+        return replace(whole, item_ids=[whole.item_ids[place] for place in self.places], vectors=vectors)
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,10 @@ class _Batch:
     passes: Sequence[tuple[Sequence[Forward], Any]]
     dispatched: float
 
-    @property
-    def num_items(self) -> int:
-        return sum(len(part.places) for part in self.slices)
+    def empty_logits(self) -> Float32[np.ndarray, "n C"]:
+        """Room for what its items get."""
+        num_items = sum(len(part.places) for part in self.slices)
+        return np.empty((num_items, values_per_item([part.job.request for part in self.slices])), np.float32)
 
 
 class Batcher:
@@ -334,7 +336,7 @@ class Batcher:
     def _collect(self) -> None:
         while (batch := self._in_flight.get()) is not None:
             try:
-                logits = np.empty((batch.num_items, 2), np.float32)
+                logits = batch.empty_logits()
                 for group, result in batch.passes:
                     self.scorer.collect(group, result, logits)
             except Exception as error:  # whatever the device raises must not end this thread
@@ -346,7 +348,7 @@ class Batcher:
                 self._running.popleft()
                 self._slots.release()
 
-    def _deliver(self, batch: _Batch, logits: Float32[np.ndarray, "n 2"]) -> None:
+    def _deliver(self, batch: _Batch, logits: Float32[np.ndarray, "n C"]) -> None:
         """Hands a batch's logits to its jobs and counts what it cost."""
         now = time.monotonic()
         busy_s = now - max(batch.dispatched, self._last_finished)
@@ -354,7 +356,7 @@ class Batcher:
         ends = np.cumsum([len(part.places) for part in batch.slices])
         for part, values in zip(batch.slices, np.split(logits, ends[:-1]), strict=True):
             job = part.job
-            job.logits[part.places] = values
+            job.logits[part.places] = values[:, : job.logits.shape[1]]
             job.left -= len(part.places)
             if not job.left and not job.future.done():
                 job.finished = now
@@ -366,7 +368,7 @@ class Batcher:
             # Follows the speed slowly, as passes differ in shape; a small pass says little about a full one.
             weight = 1.0 if self.tokens_per_s is None else 0.2 * min(1.0, real / self.max_batch_tokens)
             self.tokens_per_s = weight * real / busy_s + (1 - weight) * (self.tokens_per_s or 0.0)
-        self.metrics.items.inc(batch.num_items)
+        self.metrics.items.inc(len(logits))
         self.metrics.tokens.inc(real)
         for forward in forwards:
             bucket = forward.bucket

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32
 
 from jaxslm.data_files import Item
 from jaxslm.score.compressed import VectorRequest
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.packing import MAX_LABEL_IDS, PackRequest
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.cache import CachedScore, ScoreCache, score_key
 from jaxslm.serve.catalogue import Catalogue
@@ -31,6 +31,7 @@ class Prepared:
 
     Attributes:
         logits: of (no, yes), [J, 2]; NaN where no score is known yet, or ever.
+        log_probs: [J, L] among the whole vocabulary, of the labels that are asked for; None if the logits will do.
         status, truncated, tokens: per item; tokens without those of the shared prefix.
         prefix_tokens: of the prefix that items share.
         work: what the device has to score, with the places of its items.
@@ -44,12 +45,15 @@ class Prepared:
     prefix_tokens: int = 0
     work: list[tuple[PackRequest, list[int]]] = field(default_factory=list)
     keys: dict[int, str] = field(default_factory=dict)
+    log_probs: Float32[np.ndarray, "J L"] | None = None
 
     @classmethod
-    def of(cls, num_items: int) -> "Prepared":
+    def of(cls, num_items: int, num_labels: int = 0) -> "Prepared":
         """Returns a request of so many items of text of which nothing is known."""
         logits = np.full((num_items, 2), np.nan, np.float32)
-        return cls(logits, ["text"] * num_items, [False] * num_items, np.zeros(num_items, np.int64))
+        log_probs = np.full((num_items, num_labels), np.nan, np.float32) if num_labels else None
+        tokens = np.zeros(num_items, np.int64)
+        return cls(logits, ["text"] * num_items, [False] * num_items, tokens, log_probs=log_probs)
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +64,12 @@ class Prepared:
         """Adds rows for the device."""
         self.work.append((request, places))
         self.tokens[places] = [len(ids) for ids in request.item_ids]
+
+    def fill_in(self, places: list[int], values: Float32[np.ndarray, "n C"]) -> None:
+        """Notes what the device found for these places."""
+        self.logits[places] = values[:, :2]
+        if self.log_probs is not None:
+            self.log_probs[places] = values[:, 2 : 2 + self.log_probs.shape[1]]
 
     def scored(self) -> dict[str, CachedScore]:
         """Returns what the score cache should keep of the answers."""
@@ -93,7 +103,7 @@ class Preparer:
         self._catalogue, self._cache = catalogue, cache
         # All that a score depends on, beside query and item: weights, prompt, and how they are used.
         identity = ranker.manifest.model_dump_json(include={"params_sha256", "template_sha256", "ranker", "compressor"})
-        self._model = f"{identity} {ranker.dtype} {ranker.whole_vocabulary}"
+        self._model = f"{identity} {ranker.dtype}"
         buckets = ranker.scorer.buckets.buckets
         self._ks = sorted({bucket.vectors_per_item for bucket in buckets} - {0})
 
@@ -121,15 +131,35 @@ class Preparer:
         self._check_number(given[0])
         if body.query is None:
             raise invalid("query: is needed", "query")
+        if body.return_pooled_hidden_states:
+            raise invalid(
+                "return_pooled_hidden_states: must be false: a ranker that reads label tokens pools nothing",
+                "return_pooled_hidden_states",
+            )
+        label_ids = self._asked_labels(body)
         if not given[0]:
-            return Prepared.of(0)
+            return Prepared.of(0, len(label_ids))
         items = [body.items] if isinstance(body.items, str) else body.items
         own_prompt = body.label_token_ids is not None or body.embed_override_token_id is not None
         if isinstance(body.query, list) or own_prompt or (items and isinstance(items[0], list)):
             if body.item_ids is not None or body.item_embeddings is not None:
                 raise invalid("item_ids, item_embeddings: need the ranker's own prompt: a text as query, no labels")
-            return self._rows(body, items or [])
+            return self._rows(body, items or [], label_ids)
         return self._in_ranker_prompt(body, body.query, [str(item) for item in items] if items else None)
+
+    def _asked_labels(self, body: ScoreRequest) -> tuple[int, ...]:
+        """Returns the labels whose log-probabilities the device must compute: none if the ranker's own logits do."""
+        labels, vocab_size = body.label_token_ids, self._ranker.config.model.vocab_size
+        if labels is None:
+            return ()
+        if not 0 < len(labels) <= MAX_LABEL_IDS:
+            raise invalid(
+                f"label_token_ids: {len(labels)} ids: 1 to {MAX_LABEL_IDS} can be asked for", "label_token_ids"
+            )
+        if max(labels) >= vocab_size:
+            raise invalid(f"label_token_ids: {max(labels)} is outside 0..{vocab_size - 1}", "label_token_ids")
+        own = set(labels) <= set(self._ranker.label_token_ids)
+        return () if own and body.apply_softmax else tuple(labels)
 
     def _check_number(self, num_items: int) -> None:
         if num_items > self._max_items:
@@ -254,9 +284,11 @@ class Preparer:
         self._metrics.cache.labels("miss").inc(len(others))
         return others
 
-    def _rows(self, body: ScoreRequest, items: Sequence[str] | Sequence[list[int]]) -> Prepared:
+    def _rows(
+        self, body: ScoreRequest, items: Sequence[str] | Sequence[list[int]], label_ids: tuple[int, ...]
+    ) -> Prepared:
         """Rows of token ids, or of texts that are whole prompts together: nothing is added to either."""
-        prepared = Prepared.of(len(items))
+        prepared = Prepared.of(len(items), len(label_ids))
         query = body.query
         if isinstance(query, str) and all(isinstance(item, str) for item in items):
             texts = [f"{item}{query}" if body.item_first else f"{query}{item}" for item in items]
@@ -269,13 +301,14 @@ class Preparer:
             raise invalid("query, items: both text or both token ids", "query")
         self._check_ids(rows)
         if body.embed_override_token_id is not None:
-            self._add_overridden(prepared, body, rows)
+            self._add_overridden(prepared, body, rows, label_ids)
         elif body.query_embed_overrides is not None or body.item_embed_overrides is not None:
             raise invalid("embed_override_token_id: is needed with embedding overrides", "embed_override_token_id")
         else:
             shared = min(shared, min(map(len, rows)) - 1)
             prepared.prefix_tokens = shared
-            prepared.add(PackRequest(rows[0][:shared], [row[shared:] for row in rows]), list(range(len(rows))))
+            request = PackRequest(rows[0][:shared], [row[shared:] for row in rows], label_ids=label_ids)
+            prepared.add(request, list(range(len(rows))))
         return prepared
 
     def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
@@ -286,7 +319,9 @@ class Preparer:
             if max(row) >= vocab_size:
                 raise invalid(f"items[{number}]: a token id is outside 0..{vocab_size - 1}", "items")
 
-    def _add_overridden(self, prepared: Prepared, body: ScoreRequest, rows: list[list[int]]) -> None:
+    def _add_overridden(
+        self, prepared: Prepared, body: ScoreRequest, rows: list[list[int]], label_ids: tuple[int, ...]
+    ) -> None:
         """Adds rows in which embeddings fill the places of one token: one stretch of vectors per row.
 
         Tokens within the stretch, and as many behind or before it as the next compiled number of vectors takes, become
@@ -304,7 +339,7 @@ class Preparer:
             groups[len(vectors), tuple(row[:start])].append((number, row[start:], vectors))
         for (k, prefix_ids), members in groups.items():
             stacked = np.stack([vectors for _, _, vectors in members]) if k else None
-            request = PackRequest(prefix_ids, [ids for _, ids, _ in members], stacked)
+            request = PackRequest(prefix_ids, [ids for _, ids, _ in members], stacked, label_ids)
             prepared.add(request, [number for number, _, _ in members])
             prepared.prefix_tokens += len(prefix_ids)
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxslm.data_files import NonEmpty
+from jaxslm.score.packing import MAX_LABEL_IDS
 
 OnMiss = Literal["fail", "text", "skip"]
 ItemStatus = Literal["text", "embedding", "not_found", "stale", "corrupt"]
@@ -44,18 +45,19 @@ class ScoreRequest(Body):
     query: str | Tokens | None = Field(None, description="text, or token ids if the items are token ids")
     items: str | Texts | Rows | None = Field(None, description="texts, or rows of token ids")
     label_token_ids: Tokens | None = Field(
-        None, description="labels of `scores`: the ranker's ids of no and yes, any of them, in any order"
+        None,
+        description="labels of `scores`: any tokens; the ranker's no and yes if null",
+        json_schema_extra={"minItems": 1, "maxItems": MAX_LABEL_IDS},
     )
     apply_softmax: bool = Field(
         False,
-        description="with `label_token_ids`: true: probabilities among these labels; false: among the whole vocabulary,"
-        " if the server's setting `whole_vocabulary` is on",
+        description="with `label_token_ids`: true: probabilities among these labels; false: among the whole vocabulary",
     )
     item_first: bool = Field(False, description="item before query; only for token ids and own prompts")
     embed_override_token_id: TokenId | None = Field(None, description="token whose places the overrides fill")
     query_embed_overrides: Vectors | None = None
     item_embed_overrides: Annotated[list[Vectors | None], Field(fail_fast=True)] | None = None
-    return_pooled_hidden_states: Literal[False] = False
+    return_pooled_hidden_states: bool = Field(False, description="true is refused: nothing is pooled")
     model: str | None = None
     item_ids: Annotated[list[str | None], Field(fail_fast=True)] | None = Field(
         None, description="look these up in the item store; null: use the text of `items`"

@@ -14,7 +14,7 @@ import numpy as np
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
-from jaxslm.score.scorer import Ranker, Scores
+from jaxslm.score.scorer import Scores
 from jaxslm.serve.batcher import Batcher, DeadlineError, DeviceError, Job
 from jaxslm.serve.catalogue import Catalogue
 from jaxslm.serve.engine import Engine
@@ -101,7 +101,6 @@ class Service:
 
             def prepare() -> tuple[ScoreRequest, Prepared]:
                 body = parse()
-                _check_labels(body, model.ranker)
                 return body, model.preparer.score(body)
 
             body, prepared = await self._run(model.batcher, call, prepare, gone)
@@ -238,7 +237,7 @@ class Service:
                 batcher.drop(job)
             raise
         for (_, places), logits in zip(prepared.work, results, strict=True):
-            prepared.logits[places] = logits
+            prepared.fill_in(places, logits)
         if not np.isfinite(prepared.logits[[place for _, places in prepared.work for place in places]]).all():
             raise ApiError(503, "device_failed", "the device returned no numbers", retry_after_s=1.0)
         if self.engine.cache is not None:
@@ -281,9 +280,12 @@ def _score_response(model: ServedModel, body: ScoreRequest, prepared: Prepared) 
     no_yes = model.ranker.label_token_ids
     labels = tuple(body.label_token_ids or no_yes)
     known = ~np.isnan(prepared.logits[:, 0])
-    chosen = prepared.logits[:, [no_yes.index(label) for label in labels]].astype(np.float64)
+    if prepared.log_probs is not None:
+        chosen = prepared.log_probs.astype(np.float64)
+    else:
+        chosen = prepared.logits[:, [no_yes.index(label) for label in labels]].astype(np.float64)
     if body.label_token_ids is not None and not body.apply_softmax:
-        scores = np.exp(chosen)  # the ranker's logits are log-probabilities among the whole vocabulary then
+        scores = np.exp(chosen)
     else:
         exps = np.exp(chosen - chosen.max(axis=1, keepdims=True)) if len(chosen) else chosen
         scores = exps / exps.sum(axis=1, keepdims=True)
@@ -336,23 +338,6 @@ def _rerank_response(
             "tokens": {"input_tokens": tokens, "output_tokens": 0},
         },
     )
-
-
-def _check_labels(body: ScoreRequest, ranker: Ranker) -> None:
-    """Refuses labels that the ranker computes no row for, and probabilities that it was not started for."""
-    no_yes = ranker.label_token_ids
-    if body.label_token_ids is None:
-        return
-    if not body.label_token_ids or not set(body.label_token_ids) <= set(no_yes):
-        raise invalid(
-            f"label_token_ids: this ranker has rows for {no_yes[0]} (no) and {no_yes[1]} (yes) alone", "label_token_ids"
-        )
-    if not body.apply_softmax and not ranker.whole_vocabulary:
-        raise invalid(
-            "apply_softmax: must be true: false asks for probabilities among the whole vocabulary, and this server"
-            " computes those of its two labels alone (its setting whole_vocabulary)",
-            "apply_softmax",
-        )
 
 
 def _item(document: Document) -> Item:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -20,8 +19,7 @@ from jaxslm.model.layout import Rows
 from jaxslm.score.packing import PackRequest
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.run import Server
-from jaxslm.serve.settings import ServeSettings
-from tests.serve.tiny_server import ADMIN, metric, running
+from tests.serve.tiny_server import ADMIN, metric
 
 TOLERANCE = 1e-6
 """XLA adds up differently in passes of different shape or content: the same item in another pass differs in its last
@@ -281,8 +279,11 @@ def test_metrics_count(server: Server) -> None:
         ({"query": [-1], "items": [[1]]}, 422),
         ({"query": [1], "items": [[1] * 4000]}, 400),
         ({"query": [], "items": [[]]}, 400),
-        ({"query": "x", "items": ["y"], "label_token_ids": [1], "apply_softmax": True}, 400),
-        ({"query": "x", "items": ["y"], "label_token_ids": [], "apply_softmax": True}, 400),
+        ({"query": "x", "items": ["y"], "label_token_ids": [10**6], "apply_softmax": True}, 400),
+        ({"query": "x", "items": [], "label_token_ids": [10**6]}, 400),
+        ({"query": "x", "items": ["y"], "label_token_ids": []}, 400),
+        ({"query": "x", "items": ["y"], "label_token_ids": list(range(17))}, 400),
+        ({"query": "x", "items": ["y"], "return_pooled_hidden_states": True}, 400),
         ({"query": "x", "items": ["y"], "item_first": True}, 400),
         ({"query": "x" * 5000, "items": ["y"]}, 400),
         ({"query": [1], "items": [[1]], "item_embed_overrides": [None]}, 400),
@@ -297,26 +298,42 @@ def test_rules_of_score_requests(server: Server, body: Any, status: int) -> None
         assert refused(response, status)
 
 
-def test_labels_that_need_the_whole_vocabulary_are_refused(server: Server, ranker: Ranker) -> None:
-    body = {"query": "x", "items": ["y"], "label_token_ids": list(ranker.label_token_ids)}
-    assert "whole_vocabulary" in refused(post(server, "/v1/score", body), 400)
-
-
-def test_a_server_started_for_it_answers_sglangs_default(files: dict[str, Any], ranker: Ranker) -> None:
+def test_sglangs_default_scores_any_labels_among_the_whole_vocabulary(server: Server, ranker: Ranker) -> None:
+    """Beside requests that ask for nothing of the kind, in the same passes, whose scores stay what they are."""
     no, yes = ranker.label_token_ids
-    body = {"query": [7, 8], "items": [[5, 17, 9], [3, 4, 6]], "label_token_ids": [yes, no]}
-    rows = jnp.array([[7, 8, 5, 17, 9], [7, 8, 3, 4, 6]])
-    states: Any = Decoder(ranker.config.model).apply({"params": ranker.params}, rows, Rows(jnp.ones(rows.shape, bool)))
-    expected = np.asarray(jax.nn.softmax(vocab_logits(states, ranker.params), axis=1))[:, [yes, no]]
-    with running(ServeSettings(**files, whole_vocabulary=True)) as server:
-        answer = ok(post(server, "/v1/score", body))
-        np.testing.assert_allclose(answer["scores"], expected, rtol=1e-5)
-        labels_alone = ok(post(server, "/v1/score", body | {"apply_softmax": True}))
-        assert np.sum(labels_alone["scores"], axis=1) == pytest.approx(1)
-        np.testing.assert_allclose(
-            labels_alone["logits"], np.log(expected[:, 0]) - np.log(expected[:, 1]), rtol=0, atol=1e-5
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, 256, (70, 9))  # more than are computed at once
+    rows[:, :2] = 7, 8
+    layout = Rows(jnp.ones(rows.shape, bool))
+    states: Any = Decoder(ranker.config.model).apply({"params": ranker.params}, jnp.asarray(rows), layout)
+    vocabulary = np.asarray(vocab_logits(states, ranker.params), np.float64)
+    before = metric(server.url, "jaxslm_compilations_after_ready")
+    bodies: list[dict[str, Any]] = []
+    expected = []
+    for labels in ([yes, no], [no, yes], [yes], [17, 3], [yes, 5, no, 5], list(range(16))):
+        for softmax in (None, False, True):
+            part = np.sort(generator.choice(70, generator.integers(1, 71), replace=False))
+            options = {} if softmax is None else {"apply_softmax": softmax}
+            items = rows[part, 2:].tolist()
+            bodies.append({"query": [7, 8], "items": items, "label_token_ids": labels} | options)
+            expected.append((part, labels, bool(softmax)))
+    with ThreadPoolExecutor(8) as threads:
+        plain = threads.map(
+            lambda query: ok(post(server, "/v1/score", {"query": query, "items": LOREM[:20]})), LOREM[:9]
         )
-        assert metric(server.url, "jaxslm_compilations_after_ready") == 0
+        answers = list(threads.map(lambda body: ok(post(server, "/v1/score", body)), bodies))
+        assert metric(server.url, "jaxslm_compilations_after_ready") == before  # the ranker here may compile
+        for query, answer in zip(LOREM, plain, strict=False):
+            log_odds = ranker.score_request(query, LOREM[:20]).log_odds
+            np.testing.assert_allclose(answer["logits"], log_odds, rtol=0, atol=4 * TOLERANCE)
+    for (part, labels, softmax), answer in zip(expected, answers, strict=True):
+        wanted = np.exp(vocabulary[part])
+        wanted = wanted[:, labels] / (wanted[:, labels] if softmax else wanted).sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(answer["scores"], wanted, rtol=1e-5)
+        assert answer["label_token_ids"] == labels
+        np.testing.assert_allclose(
+            answer["logits"], vocabulary[part, yes] - vocabulary[part, no], rtol=0, atol=4 * TOLERANCE
+        )
 
 
 def test_vectors_in_the_batch_do_not_touch_texts(server: Server, ranker: Ranker) -> None:
