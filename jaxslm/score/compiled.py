@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32
 
-from jaxslm.compress.splice import splice
+from jaxslm.compress.splice import override, splice
 from jaxslm.config import Bucket, BucketConfig, RankerConfig
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_logits, label_rows, log_probabilities
@@ -48,10 +48,10 @@ def make_score_fn(
     """Returns the jitted, pure `score_fn(params, batch) -> logits`, which compiles once per shape.
 
     A packed batch is `{"tokens": int [M], "prefix": int [R, P], "items": int [R, J, T]}` as `jaxslm.score.packing`
-    makes it, and `"vectors": float [R, J, C, D]` if items begin with embedding tokens; the logits are float32
-    [R, J, 2] of (no, yes) after each item's last token. A padded batch is `{"tokens": int [B, T], "valid": bool
-    [B, T]}`, rows of a whole prompt each; the logits are [B, 2]. An item's logits do not depend on what else is in the
-    batch, on its slot or on where padding stands.
+    makes it, and `"vectors": float [R, J, C, D]` if items begin with embedding tokens, or if vectors replace the tokens
+    at `"vector_places": int [R, J, C]`; the logits are float32 [R, J, 2] of (no, yes) after each item's last token. A
+    padded batch is `{"tokens": int [B, T], "valid": bool [B, T]}`, rows of a whole prompt each; the logits are [B, 2].
+    An item's logits do not depend on what else is in the batch, on its slot or on where padding stands.
 
     Args:
         devices: with n > 1 of them, every array of the batch and the logits have a leading axis [n], one part for each
@@ -84,7 +84,9 @@ def _make_score_fn(
         else:
             items_RJT = jnp.asarray(batch["items"])
             layout = SharedPrefix(jnp.asarray(batch["prefix"]), items_RJT, x.shape[0], implementation)
-            if "vectors" in batch:
+            if "vector_places" in batch:
+                x = override(x, jnp.asarray(batch["vectors"]), jnp.asarray(batch["vector_places"]))
+            elif "vectors" in batch:
                 x = splice(x, jnp.asarray(batch["vectors"]), items_RJT)
         hidden: Array = decoder.apply({"params": params}, x, layout, method=Decoder.decode)  # type: ignore[assignment]
         hidden_BD = hidden.reshape(-1, hidden.shape[-1])
@@ -181,8 +183,8 @@ class CompiledScorer:
 
     def run_empty(self, bucket: Bucket) -> None:
         """Runs all that a bucket's passes may need, without any item: what warm-up compiles with."""
-        shape = (bucket.rows, bucket.items_per_row, bucket.vectors_per_item, self.config.model.width)
-        forward = empty_forward(bucket, np.zeros(shape, np.float32) if bucket.vectors_per_item else None)
+        shape = (bucket.rows, bucket.items_per_row, bucket.vector_places, self.config.model.width)
+        forward = empty_forward(bucket, np.zeros(shape, np.float32) if bucket.vector_places else None)
         forwards = [forward] * len(self.devices)
         logits, states = self._score(forwards)
         jax.block_until_ready((logits, self._log_probs(states, forwards, 0)))

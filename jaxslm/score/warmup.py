@@ -87,13 +87,17 @@ def keep_compiled_programs() -> None:
 
 def abstract_batch(bucket: Bucket, width: int, dtype: DTypeLike = jnp.float32) -> Batch:
     """Returns the bucket's batch as shapes and dtypes: what to lower, compile ahead or export with."""
-    R, J, C = bucket.rows, bucket.items_per_row, bucket.vectors_per_item
+    R, J, C = bucket.rows, bucket.items_per_row, bucket.vector_places
     batch = {
         "tokens": jax.ShapeDtypeStruct((bucket.tokens,), jnp.int32),
         "prefix": jax.ShapeDtypeStruct((R, bucket.prefix_tokens), jnp.int32),
         "items": jax.ShapeDtypeStruct((R, J, bucket.item_tokens), jnp.int32),
     }
-    return batch | {"vectors": jax.ShapeDtypeStruct((R, J, C, width), dtype)} if C else batch
+    if C:
+        batch["vectors"] = jax.ShapeDtypeStruct((R, J, C, width), dtype)
+    if bucket.overrides_per_item:
+        batch["vector_places"] = jax.ShapeDtypeStruct((R, J, C), jnp.int32)
+    return batch
 
 
 def compile_ahead(config: RankerConfig, bucket: Bucket, dtype: DTypeLike) -> jax.stages.Compiled:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from queue import SimpleQueue
 from typing import Any, Protocol, runtime_checkable
@@ -135,9 +135,7 @@ class _Slice:
 
     @property
     def request(self) -> PackRequest:
-        whole = self.job.request
-        vectors = None if whole.vectors is None else whole.vectors[self.places]
-        return replace(whole, item_ids=[whole.item_ids[place] for place in self.places], vectors=vectors)
+        return self.job.request.items_at(self.places)
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,7 @@ class Batcher:
                 return job
             if not self._queued_tokens:
                 self._waiting_since = job.submitted
-            heapq.heappush(self._heaps.setdefault(request.vectors_per_item, []), (deadline, next(self._numbers), job))
+            heapq.heappush(self._heaps.setdefault(request.kind, []), (deadline, next(self._numbers), job))
             self._queued_tokens += job.tokens
             self._changed.notify_all()
         return job

@@ -1,16 +1,10 @@
 """From a request's body to rows of tokens for the device: what runs in a thread pool, off the event loop."""
 
-import base64
-import binascii
-import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
-import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from jaxslm.data_files import Item
 from jaxslm.score.compressed import VectorRequest
@@ -20,9 +14,8 @@ from jaxslm.serve.cache import CachedScore, ScoreCache, score_key
 from jaxslm.serve.catalogue import Catalogue
 from jaxslm.serve.errors import ApiError, invalid
 from jaxslm.serve.metrics import Metrics
-from jaxslm.serve.schemas import EmbeddingArray, ItemStatus, OnMiss, ScoreRequest
-
-_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+from jaxslm.serve.schemas import ItemStatus, OnMiss, ScoreRequest
+from jaxslm.serve.vectors import decode, overrides_of
 
 
 @dataclass
@@ -105,12 +98,7 @@ class Preparer:
         identity = ranker.manifest.model_dump_json(include={"params_sha256", "template_sha256", "ranker", "compressor"})
         self._model = f"{identity} {ranker.dtype}"
         buckets = ranker.scorer.buckets.buckets
-        self._ks = sorted({bucket.vectors_per_item for bucket in buckets} - {0})
-
-    @cached_property
-    def _table(self) -> np.ndarray:
-        """The embedding table on the host: copied when first needed, as looking rows up on the device would compile."""
-        return np.asarray(self._ranker.params["embedding"])
+        self._overrides_per_item = max(bucket.overrides_per_item for bucket in buckets)
 
     def rerank(self, query: str, documents: Sequence[str | Item], max_item_tokens: int | None) -> Prepared:
         """Returns the rows of texts in the ranker's prompt."""
@@ -171,7 +159,7 @@ class Preparer:
         if body.item_ids is not None and body.item_embeddings is not None:
             raise invalid("item_ids, item_embeddings: either, not both", "item_ids")
         if body.item_embeddings is not None:
-            array = _decode(body.item_embeddings, self._ranker.config.model.width)
+            array = decode(body.item_embeddings, self._ranker.config.model.width)
             prepared = Prepared.of(len(array))
             self._add_vectors(prepared, query, dict(enumerate(array)), texts)
             return prepared
@@ -300,15 +288,16 @@ class Preparer:
         else:
             raise invalid("query, items: both text or both token ids", "query")
         self._check_ids(rows)
-        if body.embed_override_token_id is not None:
-            self._add_overridden(prepared, body, rows, label_ids)
-        elif body.query_embed_overrides is not None or body.item_embed_overrides is not None:
-            raise invalid("embed_override_token_id: is needed with embedding overrides", "embed_override_token_id")
-        else:
-            shared = min(shared, min(map(len, rows)) - 1)
-            prepared.prefix_tokens = shared
-            request = PackRequest(rows[0][:shared], [row[shared:] for row in rows], label_ids=label_ids)
-            prepared.add(request, list(range(len(rows))))
+        vectors, places = overrides_of(body, rows, self._ranker.config.model.width, self._overrides_per_item)
+        shared = min(shared, min(map(len, rows)) - 1)
+        if places is not None:
+            shared = min(shared, int(places[places >= 0].min()))
+            places = np.where(places < 0, places, places - shared)
+            for number in np.flatnonzero((places >= 0).any(axis=1)).tolist():
+                prepared.status[number] = "embedding"
+        prepared.prefix_tokens = shared
+        request = PackRequest(rows[0][:shared], [row[shared:] for row in rows], vectors, places, label_ids)
+        prepared.add(request, list(range(len(rows))))
         return prepared
 
     def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
@@ -319,80 +308,9 @@ class Preparer:
             if max(row) >= vocab_size:
                 raise invalid(f"items[{number}]: a token id is outside 0..{vocab_size - 1}", "items")
 
-    def _add_overridden(
-        self, prepared: Prepared, body: ScoreRequest, rows: list[list[int]], label_ids: tuple[int, ...]
-    ) -> None:
-        """Adds rows in which embeddings fill the places of one token: one stretch of vectors per row.
-
-        Tokens within the stretch, and as many behind or before it as the next compiled number of vectors takes, become
-        the vectors that they are anyway: rows of the embedding table.
-        """
-        query = body.query_embed_overrides or []
-        items = body.item_embed_overrides or [None] * len(rows)
-        if len(items) != len(rows):
-            raise invalid(f"item_embed_overrides: {len(items)} for {len(rows)} items", "item_embed_overrides")
-        groups: dict[tuple[int, tuple[int, ...]], list[tuple[int, list[int], np.ndarray]]] = defaultdict(list)
-        for number, (row, own) in enumerate(zip(rows, items, strict=True)):
-            overrides = [*(own or []), *query] if body.item_first else [*query, *(own or [])]
-            start, vectors = self._stretch(number, row, overrides, body.embed_override_token_id)
-            prepared.status[number] = "embedding" if overrides else "text"
-            groups[len(vectors), tuple(row[:start])].append((number, row[start:], vectors))
-        for (k, prefix_ids), members in groups.items():
-            stacked = np.stack([vectors for _, _, vectors in members]) if k else None
-            request = PackRequest(prefix_ids, [ids for _, ids, _ in members], stacked, label_ids)
-            prepared.add(request, [number for number, _, _ in members])
-            prepared.prefix_tokens += len(prefix_ids)
-
-    def _stretch(
-        self, number: int, row: list[int], overrides: Sequence[Sequence[float]], token: int | None
-    ) -> tuple[int, Float[np.ndarray, "C D"]]:
-        """Returns where a row's vectors begin, and the vectors."""
-        width = self._ranker.config.model.width
-        places = [place for place, each in enumerate(row) if each == token]
-        if len(places) != len(overrides):
-            raise invalid(
-                f"items[{number}] contains {len(places)} occurrences of embed_override_token_id but {len(overrides)}"
-                " override embeddings were provided",
-                "item_embed_overrides",
-            )
-        if any(len(vector) != width for vector in overrides):
-            raise invalid(f"items[{number}]: override embeddings must have {width} values", "item_embed_overrides")
-        if not places:
-            return len(row) - 1, np.zeros((0, width), np.float32)
-        span = places[-1] + 1 - places[0]
-        k = next((k for k in self._ks if k >= span), None)
-        if k is None or k > len(row):
-            raise invalid(
-                f"items[{number}]: embeddings span {span} of {len(row)} tokens; compiled for"
-                f" {', '.join(map(str, self._ks)) or 'none'}",
-                "item_embed_overrides",
-            )
-        start = min(places[0], len(row) - k)
-        vectors = self._table[row[start : start + k]].astype(np.float32)
-        vectors[np.array(places) - start] = np.asarray(overrides, np.float32)
-        return start, vectors
-
 
 def _shared_length(rows: Sequence[list[int]]) -> int:
     """Returns how many tokens all rows begin with."""
     first, last = min(rows), max(rows)
     differing = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return next(differing, min(len(first), len(last)))
-
-
-def _decode(array: EmbeddingArray, width: int) -> Float[np.ndarray, "J C D"]:
-    """Returns the array that a request holds; raises ApiError if it is not what its shape says, or not finite."""
-    dtype = _DTYPES[array.dtype]
-    if min(array.shape[:2]) < 1 or array.shape[2] != width:
-        raise invalid(f"item_embeddings.shape: must be [items, vectors, {width}], is {list(array.shape)}")
-    try:
-        data = base64.b64decode(array.data, validate=True)
-    except binascii.Error:
-        raise invalid("item_embeddings.data: no valid base64", "item_embeddings") from None
-    expected = math.prod(array.shape) * dtype.itemsize
-    if len(data) != expected:
-        raise invalid(f"item_embeddings.data: {len(data)} bytes, shape and dtype need {expected}", "item_embeddings")
-    values = np.frombuffer(data, dtype).reshape(array.shape).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise invalid("item_embeddings.data: must be finite", "item_embeddings")
-    return values

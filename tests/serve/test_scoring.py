@@ -19,39 +19,13 @@ from jaxslm.model.layout import Rows
 from jaxslm.score.packing import PackRequest
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.run import Server
-from tests.serve.tiny_server import ADMIN, metric
+from tests.serve.tiny_server import ADMIN, metric, ok, post, refused
 
 TOLERANCE = 1e-6
 """XLA adds up differently in passes of different shape or content: the same item in another pass differs in its last
 bits, by up to about 6e-7 in its logit. The same request alone is bit-equal."""
 WORDS = ["python", "developer", "nurse", "engineer", "job", "the", "ward", "é", "12", "night shift"]
 LOREM = [" ".join(words) for words in itertools.permutations(WORDS, 3)]
-
-
-def post(server: Server, path: str, body: Any, **options: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}{path}", json=body, timeout=120, **options)
-
-
-def ok(response: httpx.Response) -> dict[str, Any]:
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def refused(response: httpx.Response, status: int) -> str:
-    """Checks the one error body; returns its message."""
-    assert response.status_code == status, response.text
-    body = response.json()
-    assert set(body) == {"object", "message", "type", "param", "code", "id"}
-    assert body["object"] == "error"
-    assert body["code"] == status
-    assert body["id"] == response.headers["x-request-id"]
-    return str(body["message"])
-
-
-@pytest.fixture
-def ranker(server: Server) -> Ranker:
-    return server.service.engine.model.ranker
 
 
 @pytest.fixture(scope="module")
@@ -133,27 +107,6 @@ def test_an_sglang_body_of_text_brings_its_own_prompt(server: Server, ranker: Ra
     answer = ok(post(server, "/v1/score", body))
     np.testing.assert_allclose(answer["logits"], logits[:, 1] - logits[:, 0], rtol=0, atol=4 * TOLERANCE)
     assert answer["label_token_ids"] == labels
-
-
-def test_embedding_overrides_replace_the_placeholders(server: Server, ranker: Ranker) -> None:
-    """A placeholder that is overridden by the embedding of a token scores as that token, wherever it stands."""
-    table, token = np.asarray(ranker.params["embedding"]), 300
-    rows, real = [[token, 5, 6], [4, token, 6], [4, 5, token]], [11, 12, 13]
-    body = {
-        "query": [9, 8],
-        "items": rows,
-        "label_token_ids": list(ranker.label_token_ids),
-        "apply_softmax": True,
-        "embed_override_token_id": token,
-        "item_embed_overrides": [[table[each].tolist()] for each in real],
-    }
-    answer = ok(post(server, "/v1/score", body))
-    whole = [[9, 8, *(each if id_ == token else id_ for id_ in row)] for row, each in zip(rows, real, strict=True)]
-    logits = ranker.label_logits(whole)
-    np.testing.assert_allclose(answer["logits"], logits[:, 1] - logits[:, 0], rtol=0, atol=1e-5)
-    assert answer["status"] == ["embedding"] * 3
-    message = refused(post(server, "/v1/score", body | {"item_embed_overrides": [None, [[0.0] * 32], None]}), 400)
-    assert message.startswith("items[0] contains 1 occurrences of embed_override_token_id but 0 override embeddings")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
