@@ -7,16 +7,19 @@ from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 
 from jaxslm.serve.errors import invalid
 from jaxslm.serve.schemas import EmbeddingArray, ScoreRequest
 
 _DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
+LARGEST_VALUE = 1e16
+"""Beyond any embedding; squares of it can still be added in float32, so that the device returns numbers."""
+
 
 def decode(array: EmbeddingArray, width: int) -> Float[np.ndarray, "J C D"]:
-    """Returns the array that a request holds; raises ApiError if it is not what its shape says, or not finite."""
+    """Returns the array that a request holds; raises ApiError if it is not what its shape says, or too large."""
     dtype = _DTYPES[array.dtype]
     if min(array.shape[:2]) < 1 or array.shape[2] != width:
         raise invalid(
@@ -29,9 +32,9 @@ def decode(array: EmbeddingArray, width: int) -> Float[np.ndarray, "J C D"]:
     expected = math.prod(array.shape) * dtype.itemsize
     if len(data) != expected:
         raise invalid(f"item_embeddings.data: {len(data)} bytes, shape and dtype need {expected}", "item_embeddings")
-    values = np.frombuffer(data, dtype).reshape(array.shape).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise invalid("item_embeddings.data: must be finite", "item_embeddings")
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        values = np.frombuffer(data, dtype).reshape(array.shape).astype(np.float32)
+    _check_values(values, "item_embeddings")
     return values
 
 
@@ -46,9 +49,9 @@ def overrides_of(
         rows: query and item end to end. limit: the most embeddings in one row.
 
     Raises:
-        ApiError: not one embedding per placeholder, of another width, or more than the limit.
+        ApiError: not one embedding per placeholder, of another width, too large a value, or more than the limit.
     """
-    token, query = body.embed_override_token_id, body.query_embed_overrides or []
+    token = body.embed_override_token_id
     if token is None:
         if body.query_embed_overrides is not None or body.item_embed_overrides is not None:
             raise invalid("embed_override_token_id: is needed with embedding overrides", "embed_override_token_id")
@@ -56,25 +59,42 @@ def overrides_of(
     items = body.item_embed_overrides or [None] * len(rows)
     if len(items) != len(rows):
         raise invalid(f"item_embed_overrides: {len(items)} for {len(rows)} items", "item_embed_overrides")
+    shared = _array(body.query_embed_overrides, width, "query_embed_overrides")
     found = [[place for place, each in enumerate(row) if each == token] for row in rows]
+    given = []
+    for number, (mine, where) in enumerate(zip(items, found, strict=True)):
+        own = _array(mine, width, f"item_embed_overrides[{number}]")
+        given.append(np.concatenate([own, shared] if body.item_first else [shared, own]))
+        _check_count(number, len(where), len(given[-1]), limit)
     most = max(map(len, found))
+    if not most:
+        return None, None
     vectors, places = np.zeros((len(rows), most, width), np.float32), np.full((len(rows), most), -1)
-    for number, own in enumerate(items):
-        given = [*(own or []), *query] if body.item_first else [*query, *(own or [])]
-        _check(number, given, len(found[number]), width, limit)
-        if given:
-            vectors[number, : len(given)], places[number, : len(given)] = given, found[number]
-    return (vectors, places) if most else (None, None)
+    for number, where in enumerate(found):
+        vectors[number, : len(where)], places[number, : len(where)] = given[number], where
+    return vectors, places
 
 
-def _check(number: int, given: Sequence[Sequence[float]], occurrences: int, width: int, limit: int) -> None:
+def _check_count(number: int, occurrences: int, given: int, limit: int) -> None:
     problem = None
-    if occurrences != len(given):
-        problem = f" contains {occurrences} occurrences of embed_override_token_id but {len(given)} override embeddings"
+    if occurrences != given:
+        problem = f" contains {occurrences} occurrences of embed_override_token_id but {given} override embeddings"
         problem += " were provided"
-    elif any(len(vector) != width for vector in given):
-        problem = f": override embeddings must have {width} values"
-    elif len(given) > limit:
-        problem = f": {len(given)} override embeddings in query and item: this server is compiled for up to {limit}"
+    elif given > limit:
+        problem = f": {given} override embeddings in query and item: this server is compiled for up to {limit}"
     if problem is not None:
         raise invalid(f"items[{number}]{problem}", "item_embed_overrides")
+
+
+def _array(vectors: Sequence[Sequence[float]] | None, width: int, name: str) -> Float32[np.ndarray, "n D"]:
+    """Returns vectors of a JSON body; raises ApiError if one has another width, or a value is too large."""
+    if any(len(vector) != width for vector in vectors or ()):
+        raise invalid(f"{name}: override embeddings must have {width} values", name.partition("[")[0])
+    values = np.array(vectors or [], np.float64).reshape(-1, width)
+    _check_values(values, name)
+    return values.astype(np.float32)
+
+
+def _check_values(values: Float[np.ndarray, "*n"], name: str) -> None:
+    if not (np.abs(values) <= LARGEST_VALUE).all():
+        raise invalid(f"{name}: must be finite, and no value beyond {LARGEST_VALUE:g}", name.partition("[")[0])

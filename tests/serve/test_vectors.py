@@ -1,7 +1,9 @@
 """Embeddings in place of tokens: anywhere in query and items, as SGLang's clients send them."""
 
+import base64
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -70,14 +72,42 @@ def test_overrides_that_do_not_fit_are_refused(server: Server) -> None:
     for overrides, message in (
         ([None, zeros], "items[0] contains 1 occurrences of embed_override_token_id but 0 override embeddings"),
         ([zeros, zeros], "items[1] contains 0 occurrences of embed_override_token_id but 1 override embeddings"),
-        ([[[0.0] * 31], None], "items[0]: override embeddings must have 32 values"),
+        ([[[0.0] * 31], None], "item_embed_overrides[0]: override embeddings must have 32 values"),
         ([zeros], "item_embed_overrides: 1 for 2 items"),
     ):
         assert message in refused(post(server, "/v1/score", body | {"item_embed_overrides": overrides}), 400)
     many = {"items": [[X] * 7], "item_embed_overrides": [zeros * 7]}
     assert "compiled for up to 6" in refused(post(server, "/v1/score", body | many), 400)
+    crowd = {"items": [[X] * 200_000, *[[1]] * 199], "item_embed_overrides": None}
+    assert "items[0] contains 200000" in refused(post(server, "/v1/score", body | crowd), 400)
     long = {"items": [[X, *[4] * 330]], "item_embed_overrides": [zeros]}
     assert "may have 320 tokens" in refused(post(server, "/v1/score", body | long), 400)
+
+
+@pytest.mark.parametrize("value", [1e300, -1e39, 3.4e38, 1e17])
+def test_values_that_no_device_can_add_up_are_the_clients_fault(server: Server, value: float) -> None:
+    body = {"query": [X, 9], "items": [[X, 5], [4, 5]], "embed_override_token_id": X}
+    large, small = [[value] + [0.0] * 31], [[1e16] * 32]
+    for query, item, param in ((large, small, "query_embed_overrides"), (small, large, "item_embed_overrides")):
+        overrides = {"query_embed_overrides": query, "item_embed_overrides": [item, None]}
+        response = post(server, "/v1/score", body | overrides)
+        assert "finite" in refused(response, 400)
+        assert response.json()["param"] == param
+    ok(post(server, "/v1/score", body | {"query_embed_overrides": small, "item_embed_overrides": [small, None]}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_arrays_of_values_that_no_device_can_add_up_are_refused(server: Server, dtype: str) -> None:
+    kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    for value, status in ((np.nan, 400), (np.inf, 400), (3e38, 400), (9e15, 200)):
+        data = base64.b64encode(np.full((1, 2, 32), value, kind).tobytes()).decode()
+        array = {"data": data, "dtype": dtype, "shape": [1, 2, 32]}
+        response = post(server, "/v1/score", {"query": "x", "item_embeddings": array})
+        if status == 200:
+            ok(response)
+        else:
+            assert "finite" in refused(response, status)
+            assert response.json()["param"] == "item_embeddings"
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
