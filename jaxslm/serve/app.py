@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxslm.serve.auth import Authenticator
 from jaxslm.serve.demo import add_page
 from jaxslm.serve.engine import Engine
-from jaxslm.serve.errors import ApiError, error_response, invalid
+from jaxslm.serve.errors import ApiError, error_response, invalid_body
 from jaxslm.serve.schemas import (
     DeleteItemsRequest,
     DeleteItemsResponse,
@@ -186,18 +186,13 @@ async def read_body(request: Request, settings: ServeSettings) -> bytes:
 
 
 def parser(kind: type[BodyT], body: bytes) -> Callable[[], BodyT]:
-    """Returns a function that checks a body against its schema: 400 for broken JSON, 422 for anything else."""
+    """Returns a function that checks a body against its schema; it raises ApiError."""
 
     def parse() -> BodyT:
         try:
             return kind.model_validate_json(body)
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            param = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] == "json_invalid":
-                raise invalid(f"body: {problem['msg']}") from None
-            message = f"{param or 'body'}: {problem['msg'].removeprefix('Value error, ')}"
-            raise ApiError(422, "invalid_request", message, param=param or None) from None
+            raise invalid_body(error) from None
 
     return parse
 

@@ -14,7 +14,7 @@ from jaxslm.serve.cache import CachedScore, ScoreCache, score_key
 from jaxslm.serve.catalogue import Catalogue
 from jaxslm.serve.errors import ApiError, invalid
 from jaxslm.serve.metrics import Metrics
-from jaxslm.serve.schemas import ItemStatus, OnMiss, ScoreRequest
+from jaxslm.serve.schemas import ItemStatus, OnMiss, RerankRequest, ScoreRequest, document_of
 from jaxslm.serve.vectors import decode, overrides_of
 
 
@@ -100,12 +100,44 @@ class Preparer:
         buckets = ranker.scorer.buckets.buckets
         self._overrides_per_item = max(bucket.overrides_per_item for bucket in buckets)
 
-    def rerank(self, query: str, documents: Sequence[str | Item], max_item_tokens: int | None) -> Prepared:
-        """Returns the rows of texts in the ranker's prompt."""
+    def rerank(self, body: RerankRequest) -> Prepared:
+        """Returns the rows of documents in the ranker's prompt."""
+        query, documents = document_of(body.query).text, body.every_document
+        if not documents:
+            raise invalid("documents: at least one is needed", "documents")
         self._check_number(len(documents))
+        _check_query(query)
+        if body.rank_fields not in (None, ["text"], ["title", "text"]):
+            raise invalid('rank_fields: must be ["text"] or ["title", "text"]', "rank_fields")
+        own = self._ranker.prompt.config.instruction
+        for name, given in (("instruct", body.instruct), ("instruction", body.instruction)):
+            if given not in (None, own):
+                raise invalid(f"{name}: must be null or what the ranker was trained with: {own!r}", name)
         prepared = Prepared.of(len(documents))
-        self._add_texts(prepared, query, dict(enumerate(documents)), max_item_tokens)
+        items = {
+            place: Item(id="document", title=document.title, text=document.text) if document.title else document.text
+            for place, document in enumerate(documents)
+        }
+        self._add_texts(prepared, query, items, self._document_limit(body, query), "documents")
         return prepared
+
+    def _document_limit(self, body: RerankRequest, query: str) -> int | None:
+        """Returns how many tokens of a document count at most; checks what the body says of the query's."""
+        prompt, limits = self._ranker.prompt, [body.max_tokens_per_doc] if body.max_tokens_per_doc else []
+        if body.max_tokens_per_query and (length := len(prompt.text_ids([query])[0])) > body.max_tokens_per_query:
+            raise invalid(
+                f"max_tokens_per_query: the query has {length} tokens, and queries are never cut",
+                "max_tokens_per_query",
+            )
+        if body.truncate_prompt_tokens is not None and body.truncate_prompt_tokens >= 0:
+            room = prompt.item_room(prompt.encode_query(query), body.truncate_prompt_tokens)
+            if room < 1:
+                raise invalid(
+                    f"truncate_prompt_tokens: query and prompt alone have {body.truncate_prompt_tokens - room}",
+                    "truncate_prompt_tokens",
+                )
+            limits.append(room)
+        return min(limits, default=None)
 
     def score(self, body: ScoreRequest) -> Prepared:
         """Returns the rows of a `/v1/score` request."""
@@ -154,6 +186,7 @@ class Preparer:
             raise ApiError(413, "too_many_items", f"{num_items} items: at most {self._max_items} in one request")
 
     def _in_ranker_prompt(self, body: ScoreRequest, query: str, texts: list[str] | None) -> Prepared:
+        _check_query(query)
         if body.item_first:
             raise invalid("item_first: the ranker's own prompt has the query first", "item_first")
         if body.item_ids is not None and body.item_embeddings is not None:
@@ -173,7 +206,7 @@ class Preparer:
         if texts is not None:
             wanted = {place: texts[place] for place in missing if ids[place] is None or body.on_miss == "text"}
             if wanted:
-                self._add_texts(prepared, query, wanted, body.max_tokens_per_item)
+                self._add_texts(prepared, query, wanted, body.max_tokens_per_item, "items")
         return prepared
 
     def _look_up(self, prepared: Prepared, ids: Sequence[str | None]) -> dict[int, np.ndarray]:
@@ -216,9 +249,12 @@ class Preparer:
         )
 
     def _add_texts(
-        self, prepared: Prepared, query: str, texts: Mapping[int, str | Item], max_item_tokens: int | None
+        self, prepared: Prepared, query: str, texts: Mapping[int, str | Item], max_item_tokens: int | None, name: str
     ) -> None:
-        """Adds rows of texts by place, but for those whose score is cached."""
+        """Adds rows of texts by place, but for those whose score is cached. `name`: what the client calls them."""
+        for place, text in texts.items():
+            if not (text if isinstance(text, str) else f"{text.title or ''}{text.text}").strip():
+                raise invalid(f"{name}[{place}]: has no text", f"{name}[{place}]")
         if self._cache is not None:
             texts = {place: texts[place] for place in self._not_cached(prepared, query, texts, max_item_tokens)}
         if not texts:
@@ -307,6 +343,11 @@ class Preparer:
                 raise invalid(f"items[{number}]: has no tokens", "items")
             if max(row) >= vocab_size:
                 raise invalid(f"items[{number}]: a token id is outside 0..{vocab_size - 1}", "items")
+
+
+def _check_query(query: str) -> None:
+    if not query.strip():
+        raise invalid("query: must not be empty", "query")
 
 
 def _shared_length(rows: Sequence[list[int]]) -> int:

@@ -17,6 +17,7 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Rows = Annotated[list[Tokens], Field(fail_fast=True)]
 Vector = Annotated[list[float], Field(fail_fast=True)]
 Vectors = Annotated[list[Vector], Field(fail_fast=True)]
+Nothing = Annotated[dict[str, Any], Field(max_length=0)] | None
 
 
 class Body(BaseModel):
@@ -109,29 +110,78 @@ class Document(BaseModel):
     title: str | None = None
 
 
+class TextPart(BaseModel):
+    """A part of a message. Parts of other types than text are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    type: Literal["text"]
+    text: str
+
+
+Parts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+
+
+class Content(BaseModel):
+    """Parts, in vLLM's words."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    content: Parts
+
+
+AnyDocument = str | Document | Content | Parts
+"""A document as any of the clients sends it; SGLang's are bare parts. Lines of one text each are one document."""
+
+
+def document_of(given: AnyDocument) -> Document:
+    """Returns a document in the one form."""
+    if isinstance(given, Document):
+        return given
+    if isinstance(given, str):
+        return Document(text=given)
+    return Document(text="\n".join(part.text for part in (given.content if isinstance(given, Content) else given)))
+
+
 class RerankRequest(Body):
     """Orders documents by relevance to a query. Bodies of Cohere, Jina, vLLM and SGLang."""
 
-    query: str | Document
-    documents: str | Annotated[list[str | Document], Field(fail_fast=True)]
+    query: AnyDocument
+    documents: str | Content | Annotated[list[AnyDocument], Field(fail_fast=True)] = Field(
+        description="texts, objects with text and title, or parts of messages; vLLM's `content` is a document a part"
+    )
     model: str | None = None
     top_n: Annotated[int, Field(ge=0)] | None = Field(None, description="how many to return; all if 0 or null")
     return_documents: bool | None = Field(None, description="by default yes, but not on /v2/rerank")
     max_tokens_per_doc: Annotated[int, Field(ge=0)] | None = Field(None, description="0 or null: the ranker's own")
+    max_tokens_per_query: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="0 or null: any; a longer query is refused, as queries are never cut"
+    )
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="documents are cut so that a row has no more tokens; -1 or null: the ranker's own limit"
+    )
     use_activation: bool | None = Field(None, description="false: log-odds instead of probabilities")
+    rank_fields: list[str] | None = Field(None, description='["text"] leaves titles out, ["title", "text"] does not')
+    instruction: str | None = Field(None, description="null, or the one instruction that the ranker was trained with")
+    instruct: str | None = Field(None, description="as `instruction`")
     # Of no effect on scores.
     user: str | None = None
     request_id: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
     truncation_side: Literal["right"] | None = None
-    truncate_prompt_tokens: Literal[-1] | None = None
-    max_tokens_per_query: Literal[0] | None = None
     max_chunks_per_doc: int | None = Field(None, description="of no effect: documents are cut, not split")
-    mm_processor_kwargs: None = None
-    chat_template_kwargs: None = None
-    instruction: None = Field(None, description="null: the ranker was trained with one instruction, which is used")
-    instruct: None = Field(None, description="as `instruction`")
+    mm_processor_kwargs: Nothing = None
+    chat_template_kwargs: Nothing = None
+
+    @property
+    def every_document(self) -> list[Document]:
+        """The documents in their one form; titles only if they count."""
+        if isinstance(self.documents, Content):
+            return [Document(text=part.text) for part in self.documents.content]
+        given = [self.documents] if isinstance(self.documents, str) else self.documents
+        documents = [document_of(each) for each in given]
+        if self.rank_fields is None or "title" in self.rank_fields:
+            return documents
+        return [Document(text=document.text) for document in documents]
 
 
 class RerankDocument(BaseModel):

@@ -23,7 +23,6 @@ from jaxslm.serve.prepare import Prepared
 from jaxslm.serve.schemas import (
     DeleteItemsRequest,
     DeleteItemsResponse,
-    Document,
     FailedItems,
     PutItemsRequest,
     PutItemsResponse,
@@ -115,12 +114,7 @@ class Service:
 
             def prepare() -> tuple[RerankRequest, Prepared]:
                 body = parse()
-                query = body.query if isinstance(body.query, str) else body.query.text
-                documents = [body.documents] if isinstance(body.documents, str) else body.documents
-                items = [each if isinstance(each, str) else _item(each) for each in documents]
-                if not items:
-                    raise invalid("documents: at least one is needed", "documents")
-                return body, model.preparer.rerank(query, items, body.max_tokens_per_doc or None)
+                return body, model.preparer.rerank(body)
 
             body, prepared = await self._run(model.batcher, call, prepare, gone)
             return _rerank_response(model, call, body, prepared, return_documents)
@@ -308,23 +302,20 @@ def _rerank_response(
 ) -> RerankResponse:
     if body.return_documents is not None:
         return_documents = body.return_documents
-    documents = [body.documents] if isinstance(body.documents, str) else body.documents
+    documents = body.every_document if return_documents else []
     scored = Scores(prepared.logits, prepared.truncated)
     log_odds = scored.log_odds
     relevance = log_odds if body.use_activation is False else scored.probabilities
-    results = []
-    for place in np.argsort(-log_odds, kind="stable")[: body.top_n or None].tolist():
-        document = documents[place]
-        text = document if isinstance(document, str) else document.text
-        results.append(
-            RerankResult(
-                index=place,
-                relevance_score=float(relevance[place]),
-                logit=float(log_odds[place]),
-                truncated=prepared.truncated[place],
-                document=RerankDocument(text=text) if return_documents else None,
-            )
+    results = [
+        RerankResult(
+            index=place,
+            relevance_score=float(relevance[place]),
+            logit=float(log_odds[place]),
+            truncated=prepared.truncated[place],
+            document=RerankDocument(text=documents[place].text) if return_documents else None,
         )
+        for place in np.argsort(-log_odds, kind="stable")[: body.top_n or None].tolist()
+    ]
     tokens = prepared.num_tokens
     return RerankResponse(
         id=call.request_id,
@@ -338,10 +329,6 @@ def _rerank_response(
             "tokens": {"input_tokens": tokens, "output_tokens": 0},
         },
     )
-
-
-def _item(document: Document) -> Item:
-    return Item(id="document", title=document.title, text=document.text)
 
 
 def _or_none(values: np.ndarray, known: np.ndarray) -> list[Any]:

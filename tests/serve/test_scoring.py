@@ -251,6 +251,28 @@ def test_rules_of_score_requests(server: Server, body: Any, status: int) -> None
         assert refused(response, status)
 
 
+@pytest.mark.parametrize(
+    ("fields", "status", "message"),
+    [
+        ({"items": [8, 9]}, 422, "items[0]: Input should be a valid string or a valid array"),
+        ({"items": 5}, 422, "items: Input should be a valid string or a valid array"),
+        ({"items": ["a", 5]}, 422, "items[1]: Input should be a valid string"),
+        ({"items": [[1], [2, "a"]]}, 422, "items[1][1]: Input should be a valid integer"),
+        ({"query": [1, -2]}, 422, "query[1]: Input should be greater than or equal to 0"),
+        ({"items": ["y", " "]}, 400, "items[1]: has no text"),
+        ({"query": " "}, 400, "query: must not be empty"),
+        ({"item_embeddings": {"data": "", "dtype": "int8", "shape": [1, 1, 1]}}, 422, "item_embeddings.dtype: Input"),
+        ({"item_embeddings": {"data": "", "more": 1}}, 422, "item_embeddings.dtype: Field required"),
+    ],
+)
+def test_refusals_name_the_value_at_fault_in_one_line(
+    server: Server, fields: dict[str, Any], status: int, message: str
+) -> None:
+    answer = post(server, "/v1/score", {"query": "x", "items": ["y"]} | fields)
+    assert refused(answer, status).startswith(message)
+    assert answer.json()["param"] == message.partition(":")[0]
+
+
 def test_sglangs_default_scores_any_labels_among_the_whole_vocabulary(server: Server, ranker: Ranker) -> None:
     """Beside requests that ask for nothing of the kind, in the same passes, whose scores stay what they are."""
     no, yes = ranker.label_token_ids
