@@ -149,8 +149,6 @@ class Preparer:
         if len(set(given)) > 1:
             raise invalid(f"items, item_ids and item_embeddings: must be equally many, are {given}", "items")
         self._check_number(given[0])
-        if body.query is None:
-            raise invalid("query: is needed", "query")
         if body.return_pooled_hidden_states:
             raise invalid(
                 "return_pooled_hidden_states: must be false: a ranker that reads label tokens pools nothing",

@@ -11,6 +11,9 @@ OnMiss = Literal["fail", "text", "skip"]
 ItemStatus = Literal["text", "embedding", "not_found", "stale", "corrupt"]
 
 
+# Rules that the server tells in its own words are only in the schema's text (`json_schema_extra`).
+Size = Annotated[int, Field(gt=0)]
+Text = Annotated[str, Field(json_schema_extra={"pattern": r"\S"})]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -31,9 +34,15 @@ class EmbeddingArray(Body):
 
     data: str = Field(description="base64 of the bytes, C order")
     dtype: Literal["float32", "float16", "bfloat16"]
-    shape: Annotated[tuple[int, int, int], Field(strict=False)] = Field(
+    shape: Annotated[tuple[Size, Size, Size], Field(strict=False)] = Field(
         description="[items, vectors per item, width of the ranker]"
     )
+
+
+ANY_ITEMS: list[Any] = [
+    {"required": [name], "properties": {name: {"type": kinds}}}
+    for name, kinds in (("items", ["string", "array"]), ("item_ids", "array"), ("item_embeddings", "object"))
+]
 
 
 class ScoreRequest(Body):
@@ -43,7 +52,8 @@ class ScoreRequest(Body):
     prompt: its text is scored as it stands, query and item end to end. Token ids always are.
     """
 
-    query: str | Tokens | None = Field(None, description="text, or token ids if the items are token ids")
+    model_config = ConfigDict(json_schema_extra={"anyOf": ANY_ITEMS})
+    query: str | Tokens = Field(description="text, or token ids if the items are token ids")
     items: str | Texts | Rows | None = Field(None, description="texts, or rows of token ids")
     label_token_ids: Tokens | None = Field(
         None,
@@ -128,7 +138,7 @@ class Content(BaseModel):
     content: Parts
 
 
-AnyDocument = str | Document | Content | Parts
+AnyDocument = Text | Document | Content | Parts
 """A document as any of the clients sends it; SGLang's are bare parts. Lines of one text each are one document."""
 
 
@@ -141,11 +151,15 @@ def document_of(given: AnyDocument) -> Document:
     return Document(text="\n".join(part.text for part in (given.content if isinstance(given, Content) else given)))
 
 
+AT_LEAST_ONE = Field(fail_fast=True, json_schema_extra={"minItems": 1})
+RANK_FIELDS = Field(json_schema_extra={"enum": [["text"], ["title", "text"]]})
+
+
 class RerankRequest(Body):
     """Orders documents by relevance to a query. Bodies of Cohere, Jina, vLLM and SGLang."""
 
     query: AnyDocument
-    documents: str | Content | Annotated[list[AnyDocument], Field(fail_fast=True)] = Field(
+    documents: Text | Content | Annotated[list[AnyDocument], AT_LEAST_ONE] = Field(
         description="texts, objects with text and title, or parts of messages; vLLM's `content` is a document a part"
     )
     model: str | None = None
@@ -159,7 +173,9 @@ class RerankRequest(Body):
         None, description="documents are cut so that a row has no more tokens; -1 or null: the ranker's own limit"
     )
     use_activation: bool | None = Field(None, description="false: log-odds instead of probabilities")
-    rank_fields: list[str] | None = Field(None, description='["text"] leaves titles out, ["title", "text"] does not')
+    rank_fields: Annotated[list[str], RANK_FIELDS] | None = Field(
+        None, description='["text"] leaves titles out, ["title", "text"] does not'
+    )
     instruction: str | None = Field(None, description="null, or the one instruction that the ranker was trained with")
     instruct: str | None = Field(None, description="as `instruction`")
     # Of no effect on scores.
@@ -225,7 +241,7 @@ class PutItemsRequest(Body):
 
     items: Annotated[list[CatalogueItem], Field(min_length=1, fail_fast=True)]
     vectors_per_item: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="k; the most that the compressor knows if null"
+        None, description="one of the numbers that the compressor knows; the largest if null"
     )
 
 

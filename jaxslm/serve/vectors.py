@@ -21,7 +21,7 @@ LARGEST_VALUE = 1e16
 def decode(array: EmbeddingArray, width: int) -> Float[np.ndarray, "J C D"]:
     """Returns the array that a request holds; raises ApiError if it is not what its shape says, or too large."""
     dtype = _DTYPES[array.dtype]
-    if min(array.shape[:2]) < 1 or array.shape[2] != width:
+    if array.shape[2] != width:
         raise invalid(
             f"item_embeddings.shape: must be [items, vectors, {width}], is {list(array.shape)}", "item_embeddings"
         )

@@ -218,7 +218,8 @@ def test_metrics_count(server: Server) -> None:
     [
         ({"query": "x", "items": []}, 200),
         ({"query": "x"}, 400),
-        ({"items": ["y"]}, 400),
+        ({"query": "x", "items": None, "item_ids": None}, 400),
+        ({"items": ["y"]}, 422),
         ({"query": " ", "items": ["y"]}, 400),
         ({"query": "x", "items": ["y", " "]}, 400),
         ({"query": "x", "items": [1]}, 422),
