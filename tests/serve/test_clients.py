@@ -89,6 +89,14 @@ def test_langchain_jina_compressor(server: Server, expected: dict[int, float], m
     check(results, expected)
 
 
+def test_jinas_own_client(server: Server, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    jina = importing("jina_cli.api")
+    monkeypatch.setattr(jina, "API_BASE", server.url)
+    results = jina.rerank(QUERY, DOCUMENTS, api_key="unused-key", top_n=2)
+    check([(result["index"], result["relevance_score"]) for result in results], expected, 2)
+    assert [result["document"]["text"] for result in results] == [DOCUMENTS[place] for place in expected][:2]
+
+
 def parts(*texts: str) -> list[dict[str, Any]]:
     return [{"type": "text", "text": text} for text in texts]
 
