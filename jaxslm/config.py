@@ -179,6 +179,7 @@ class Bucket(Settings):
         tokens: M, the flat token places. rows: R, each with room for one prefix and `items_per_row` items.
         prefix_tokens: P. items_per_row: J. item_tokens: T.
         vectors_per_item: C, how many of an item's first tokens are embedding vectors instead of ids.
+        overrides_per_item: up to so many of an item's tokens are vectors, wherever they stand; excludes the other.
     """
 
     tokens: Positive
@@ -187,6 +188,18 @@ class Bucket(Settings):
     items_per_row: Positive
     item_tokens: Positive
     vectors_per_item: Annotated[int, Field(ge=0)] = 0
+    overrides_per_item: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_kind_of_vectors(self) -> "Bucket":
+        if self.vectors_per_item and self.overrides_per_item:
+            raise ValueError("vectors_per_item, overrides_per_item: one of them must be 0")
+        return self
+
+    @property
+    def vector_places(self) -> int:
+        """The most vectors that an item may have, of either kind."""
+        return self.vectors_per_item or self.overrides_per_item
 
 
 class BucketConfig(Settings):

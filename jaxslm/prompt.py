@@ -156,8 +156,8 @@ class Prompt:
         fronts, bodies = zip(*(self._front_and_body(number, item) for number, item in enumerate(items)), strict=True)
         front_ids = self._ids(self._text_tokenizer, fronts)
         body_ids = self._ids(self._text_tokenizer, bodies, self.template.after_item)
-        after_item_ids = self._ids(self._text_tokenizer, [self.template.after_item])[0]
-        room = self.config.max_tokens - len(prefix_ids) - len(self.suffix_ids)
+        after_item_ids = self._after_item_ids
+        room = self.item_room(prefix_ids, self.config.max_tokens) + len(after_item_ids)
         limits = [limit for limit in (self.config.max_item_tokens, max_item_tokens) if limit is not None]
         room = min([room, *(limit + len(after_item_ids) for limit in limits)])
         room_if_cut = room - len(after_item_ids)
@@ -185,6 +185,14 @@ class Prompt:
         if not query.strip():
             raise InputError("query: must not be empty")
         return self.prefix_ids + self._ids(self._text_tokenizer, [" " + query.strip()], self.template.after_query)[0]
+
+    def item_room(self, prefix_ids: Sequence[int], max_tokens: int) -> int:
+        """Returns how many tokens of an item, title and text, a row of `max_tokens` has room for; it may be below 1."""
+        return max_tokens - len(prefix_ids) - len(self._after_item_ids) - len(self.suffix_ids)
+
+    @cached_property
+    def _after_item_ids(self) -> list[int]:
+        return self._ids(self._text_tokenizer, [self.template.after_item])[0]
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text as it stands in a prompt: behind a space, without any of the prompt's words."""

@@ -21,7 +21,7 @@ from jaxslm.model.decoder import Params
 from jaxslm.progress import console
 from jaxslm.score.buckets import default_buckets
 from jaxslm.score.compiled import CompiledScorer
-from jaxslm.score.packing import Forward, PackRequest, empty_forward
+from jaxslm.score.packing import Forward, PackRequest
 from jaxslm.score.parallel import device_name
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _warm(scorer: CompiledScorer, requests: Sequence[PackRequest]) -> list[Forwa
     """Returns the passes of these requests, whose shapes are compiled and have run afterwards."""
     forwards = [forward for group in scorer.packer.pack(requests) for forward in group]
     for bucket in dict.fromkeys(forward.bucket for forward in forwards):
-        np.asarray(scorer.dispatch([empty_forward(bucket)]))
+        scorer.run_empty(bucket)
     return forwards
 
 

@@ -208,10 +208,12 @@ def bench_buckets(requests: Sequence[PackRequest], options: Options) -> BucketCo
 
 
 def uncut_score_fn(config: RankerConfig, dtype: jnp.dtype, cuts: Cuts) -> Any:
-    """Returns a score function that computes the last layer, and with "none" the vocabulary logits, of every token."""
+    """Returns a score function, `with_states`, that computes the last layer of every token, and with "none" its
+    vocabulary logits.
+    """
     decoder = Decoder(config.model, dtype)
 
-    def score(params: Params, batch: Batch) -> Array:
+    def score(params: Params, batch: Batch) -> tuple[Array, Array]:
         items = jnp.asarray(batch["items"])
         layout = Uncut(jnp.asarray(batch["prefix"]), items, batch["tokens"].shape[0])
         x: Array = decoder.apply({"params": params}, jnp.asarray(batch["tokens"]), method=Decoder.embed)  # type: ignore[assignment]
@@ -220,11 +222,11 @@ def uncut_score_fn(config: RankerConfig, dtype: jnp.dtype, cuts: Cuts) -> Any:
         hidden_MD: Array = decoder.apply({"params": params}, x, layout, method=Decoder.decode)  # type: ignore[assignment]
         if cuts == "none":
             logits_MV = vocab_logits(hidden_MD, params)
-            return layout.last(logits_MV)[..., jnp.asarray(config.label_token_ids)]
+            return layout.last(logits_MV)[..., jnp.asarray(config.label_token_ids)], layout.last(hidden_MD)
         hidden_RJD = layout.last(hidden_MD)
         R, J, D = hidden_RJD.shape
         logits = label_logits(hidden_RJD.reshape(R * J, D), label_rows(params, config.label_token_ids))
-        return logits.reshape(R, J, 2)
+        return logits.reshape(R, J, 2), hidden_RJD
 
     return jax.jit(score)
 

@@ -26,7 +26,13 @@ def splice(
     Args:
         x_MD: embeddings of packed tokens, placeholders included. items_RJT: index of each item token, M where none.
     """
-    places_RJC = items_RJT[:, :, : vectors_RJCD.shape[2]]
+    return override(x_MD, vectors_RJCD, items_RJT[:, :, : vectors_RJCD.shape[2]])
+
+
+def override(
+    x_MD: Float[Array, "M D"], vectors_RJCD: Float[Array, "R J C D"], places_RJC: Int[Array, "R J C"]
+) -> Float[Array, "M D"]:
+    """Returns input embeddings with vectors, cast to the dtype of x, at these places; M leaves a vector out."""
     return x_MD.at[places_RJC].set(vectors_RJCD.astype(x_MD.dtype), mode="drop")
 
 

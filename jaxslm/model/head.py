@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxslm.model.decoder import Params
 
@@ -33,6 +33,16 @@ def vocab_logits(hidden: Float[Array, "*n D"], params: Params) -> Float[Array, "
     """Returns the logits of every token in float32, for training on text. Cost: 2 D V FLOP per state."""
     rows_VD = vocab_rows(params).astype(hidden.dtype)
     return jnp.einsum("...D,VD->...V", hidden, rows_VD, preferred_element_type=jnp.float32)
+
+
+def log_probabilities(hidden_BD: Float[Array, "B D"], ids_BL: Int[Array, "B L"], params: Params) -> Float[Array, "B L"]:
+    """Returns the log-probabilities of each row's own tokens among the whole vocabulary, float32.
+
+    Cost: 2 D V FLOP per row.
+    """
+    rows_BLD = vocab_rows(params)[ids_BL].astype(jnp.float32)
+    logits_BL = jnp.einsum("BD,BLD->BL", hidden_BD.astype(jnp.float32), rows_BLD, precision="highest")
+    return logits_BL - log_normalisers(hidden_BD, params)[:, None]
 
 
 def log_normalisers(hidden_BD: Float[Array, "B D"], params: Params) -> Float[Array, " B"]:

@@ -6,7 +6,8 @@ many rows as it needs. So a bucket fits any mix of requests, and linear maps see
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -20,23 +21,53 @@ TOKENS_PER_PAIR = 1 / 1500
 0.1 to 0.6 B parameters, counted double because small products run at half the speed."""
 
 
+OVERRIDES = -1
+"""The kind of requests whose vectors may stand anywhere."""
+
+MAX_LABEL_IDS = 16
+"""Tokens whose log-probabilities one item may ask for."""
+
+
 @dataclass(frozen=True)
 class PackRequest:
     """One request in token ids.
 
     Attributes:
         prefix_ids: what all items share; may be empty. item_ids: the tokens of each item, at least one each.
-        vectors: embeddings [items, C, D] that replace the first C tokens of each item, if any.
+        vectors: embeddings [items, C, D] that replace tokens of each item, if any.
+        vector_places: which of an item's tokens they replace, -1 for none; its first C if None.
+        label_ids: tokens, MAX_LABEL_IDS at most, whose log-probabilities among the whole vocabulary are asked for too.
     """
 
     prefix_ids: Sequence[int]
     item_ids: Sequence[Sequence[int]]
     vectors: Float[np.ndarray, "J C D"] | None = None
+    vector_places: Int[np.ndarray, "J C"] | None = None
+    label_ids: tuple[int, ...] = ()
 
     @property
     def vectors_per_item(self) -> int:
         """C, 0 without vectors."""
         return 0 if self.vectors is None else self.vectors.shape[1]
+
+    @property
+    def kind(self) -> int:
+        """Requests of one kind can share a pass: the number of vectors per item, or OVERRIDES, however many."""
+        return self.vectors_per_item if self.vector_places is None else OVERRIDES
+
+    def items_at(self, places: Sequence[int] | Int[np.ndarray, " n"]) -> "PackRequest":
+        """Returns the request with these of its items alone."""
+        return replace(
+            self,
+            item_ids=[self.item_ids[place] for place in places],
+            vectors=None if self.vectors is None else self.vectors[places],
+            vector_places=None if self.vector_places is None else self.vector_places[places],
+        )
+
+
+def values_per_item(requests: Sequence[PackRequest]) -> int:
+    """Returns how many numbers each item gets when these are scored together: two logits and what `label_ids` ask."""
+    return 2 + (MAX_LABEL_IDS if any(request.label_ids for request in requests) else 0)
 
 
 @dataclass(frozen=True)
@@ -46,9 +77,12 @@ class Forward:
     Attributes:
         bucket: the shape. tokens: [M] int32, zero where there is padding.
         prefix: [R, P], items: [R, J, T]: index of each token in `tokens`, M where there is none.
-        vectors: [R, J, C, D] if the bucket has vectors.
+        vectors: [R, J, C, D] if the bucket has vectors. vector_places: where they go in `tokens`, M for none, unless
+            they are each item's first ones.
         places: for each item held, its slot in the flattened [R, J]. indices: its number among all items of the input.
         real_tokens: how many of the M places are filled.
+        label_ids: tokens that each item asks for, the last one repeated to fill the row, -1 where it asks for none;
+            None if no item does.
     """
 
     bucket: Bucket
@@ -59,12 +93,20 @@ class Forward:
     places: Int[np.ndarray, " held"]
     indices: Int[np.ndarray, " held"]
     real_tokens: int
+    label_ids: Int32[np.ndarray, "held L"] | None = None
+    vector_places: Int32[np.ndarray, "R J C"] | None = None
+
+    @cached_property
+    def asking(self) -> Int[np.ndarray, " asking"]:
+        """Numbers, among the items held, of those that ask for log-probabilities."""
+        return np.zeros(0, np.int64) if self.label_ids is None else np.flatnonzero(self.label_ids[:, 0] >= 0)
 
     @property
     def batch(self) -> dict[str, np.ndarray]:
         """The arrays that the compiled function takes."""
         batch = {"tokens": self.tokens, "prefix": self.prefix, "items": self.items}
-        return batch if self.vectors is None else batch | {"vectors": self.vectors}
+        more = {"vectors": self.vectors, "vector_places": self.vector_places}
+        return batch | {name: array for name, array in more.items() if array is not None}
 
 
 def pair_tokens(bucket: Bucket) -> float:
@@ -82,7 +124,7 @@ class Packer:
         self._cost = {bucket: bucket.tokens + pair_tokens(bucket) + config.overhead_tokens for bucket in config.buckets}
         self._item_edges = np.array(sorted({bucket.item_tokens for bucket in config.buckets}))
         self._prefix_edges = np.array(sorted({bucket.prefix_tokens for bucket in config.buckets}))
-        self._candidates: dict[tuple[int, int, int], list[Bucket]] = {}
+        self._candidates: dict[tuple[int, int, int, int], list[Bucket]] = {}
 
     @property
     def longest_item(self) -> int:
@@ -112,9 +154,15 @@ class Packer:
 
     def _joined(self, request: PackRequest) -> PackRequest:
         """The request as it is, or with a prefix that no bucket holds as part of every item: exact, but not shared."""
-        if len(request.prefix_ids) <= self._prefix_edges[-1] or request.vectors is not None:
+        length, places = len(request.prefix_ids), request.vector_places
+        if length <= self._prefix_edges[-1] or (request.vectors is not None and places is None):
             return request
-        return PackRequest((), [[*request.prefix_ids, *item] for item in request.item_ids])
+        return replace(
+            request,
+            prefix_ids=(),
+            item_ids=[[*request.prefix_ids, *item] for item in request.item_ids],
+            vector_places=None if places is None else np.where(places < 0, places, places + length),
+        )
 
     def cost_tokens(self, requests: Sequence[PackRequest]) -> float:
         """Returns the cost of scoring these requests in tokens of linear work, padding and overhead included."""
@@ -131,7 +179,7 @@ class Packer:
         length, prefix = int(work.lengths[order[0]]), int(work.prefix_lengths[work.request_of_item[order[0]]])
         best: tuple[float, Bucket, list[int]] | None = None
         windows = {0: _Window.of(work, order)}
-        for bucket in self._holding(length, prefix, work.vectors_per_item):
+        for bucket in self._holding(length, prefix, work.kind, work.vectors_per_item):
             counts: list[int] = []
             start = 0
             while len(counts) < replicas and start < len(order):
@@ -146,17 +194,24 @@ class Packer:
             if counts and (best is None or value > best[0]):
                 best = value, bucket, counts
         if best is None:
-            raise InputError(
-                f"item of {length} tokens after a prefix of {prefix}: no bucket holds it (the longest item is"
-                f" {self._item_edges[-1]}, the longest prefix {self._prefix_edges[-1]} tokens)"
-            )
+            raise InputError(self._too_large(length, prefix, work.kind, work.vectors_per_item))
         return best[1], best[2]
 
-    def _holding(self, length: int, prefix: int, vectors_per_item: int) -> list[Bucket]:
+    def _too_large(self, length: int, prefix: int, kind: int, vectors: int) -> str:
+        """Says what no bucket holds, and what the buckets of its kind do."""
+        like = [bucket for bucket in self.config.buckets if _takes(bucket, kind, vectors)]
+        what = {0: "", OVERRIDES: f" with {vectors} overrides"}.get(kind, f" with {vectors} vectors")
+        rooms = [min(each.item_tokens, each.tokens - prefix) for each in like if each.prefix_tokens >= prefix]
+        most = f"an item{what} after such a prefix may have {max(rooms)} tokens" if rooms else "none has such a prefix"
+        return f"item of {length} tokens{what} after a prefix of {prefix}: no bucket holds it" + (
+            f" ({most})" if like else f" (none is for items{what})"
+        )
+
+    def _holding(self, length: int, prefix: int, kind: int, vectors: int) -> list[Bucket]:
         """The buckets for items and prefixes of this class, without those of needlessly long items."""
         item_class = int(np.searchsorted(self._item_edges, length))
         prefix_class = int(np.searchsorted(self._prefix_edges, prefix))
-        key = item_class, prefix_class, vectors_per_item
+        key = item_class, prefix_class, kind, vectors
         if key not in self._candidates:
             if item_class == len(self._item_edges) or prefix_class == len(self._prefix_edges):
                 return []
@@ -165,11 +220,18 @@ class Packer:
                 bucket
                 for bucket in self.config.buckets
                 if bucket.item_tokens >= item and bucket.prefix_tokens >= prefix
-                if bucket.vectors_per_item == vectors_per_item
+                if _takes(bucket, kind, vectors)
             ]
             shortest = min((bucket.item_tokens for bucket in large_enough), default=0)
             self._candidates[key] = [bucket for bucket in large_enough if bucket.item_tokens <= 2 * shortest]
         return self._candidates[key]
+
+
+def _takes(bucket: Bucket, kind: int, vectors: int) -> bool:
+    """Whether a bucket is for items of this kind with so many vectors."""
+    if kind == OVERRIDES:
+        return bucket.overrides_per_item >= max(vectors, 1)
+    return bucket.vectors_per_item == vectors and not bucket.overrides_per_item
 
 
 @dataclass(frozen=True)
@@ -182,7 +244,10 @@ class _Work:
     lengths: Int[np.ndarray, " n"]
     starts: Int[np.ndarray, " n"]
     request_of_item: Int[np.ndarray, " n"]
+    kind: int
     vectors: Float[np.ndarray, "n C D"] | None
+    vector_places: Int[np.ndarray, "n C"] | None
+    label_ids: Int32[np.ndarray, "n L"] | None
 
     @property
     def vectors_per_item(self) -> int:
@@ -200,9 +265,9 @@ class _Work:
         pool = np.fromiter(chain.from_iterable(chain(prefixes, items)), np.int32, int(ends[-1]) if len(ends) else 0)
         starts = ends - np.concatenate([prefix_lengths, lengths])
         counts = np.fromiter((len(request.item_ids) for request in requests), np.int64, len(requests))
-        vectors = [request.vectors for request in requests if request.vectors is not None]
-        if vectors and len(vectors) != len(requests):
-            raise InputError("requests: all or none must have vectors")
+        kinds = {request.kind for request in requests} or {0}
+        if len(kinds) > 1:
+            raise InputError("requests: all or none must have vectors, equally many or all with places")
         return cls(
             pool,
             prefix_lengths,
@@ -210,8 +275,42 @@ class _Work:
             lengths,
             starts[len(prefixes) :],
             np.repeat(np.arange(len(requests)), counts),
-            np.concatenate(vectors) if vectors else None,
+            kinds.pop(),
+            *_vectors(requests),
+            _label_ids(requests, counts),
         )
+
+
+def _vectors(
+    requests: Sequence[PackRequest],
+) -> tuple[Float[np.ndarray, "n C D"] | None, Int[np.ndarray, "n C"] | None]:
+    """Returns the vectors of all items and, if they may stand anywhere, their places, padded to equally many."""
+    given = [request.vectors for request in requests if request.vectors is not None]
+    places = [request.vector_places for request in requests if request.vector_places is not None]
+    if not places:
+        return np.concatenate(given) if given else None, None
+    C = max(vectors.shape[1] for vectors in given)
+    missing = [(0, C - vectors.shape[1]) for vectors in given]
+    return (
+        np.concatenate([np.pad(vectors, ((0, 0), pad, (0, 0))) for vectors, pad in zip(given, missing, strict=True)]),
+        np.concatenate(
+            [np.pad(each, ((0, 0), pad), constant_values=-1) for each, pad in zip(places, missing, strict=True)]
+        ),
+    )
+
+
+def _label_ids(
+    requests: Sequence[PackRequest], counts: Int[np.ndarray, " requests"]
+) -> Int32[np.ndarray, "n L"] | None:
+    """Returns what each item asks for, as `Forward.label_ids`."""
+    if not any(request.label_ids for request in requests):
+        return None
+    rows = np.full((len(requests), MAX_LABEL_IDS), -1, np.int32)
+    for row, request in zip(rows, requests, strict=True):
+        if request.label_ids:
+            row[:] = request.label_ids[-1]
+            row[: len(request.label_ids)] = request.label_ids
+    return rows.repeat(counts, axis=0)
 
 
 @dataclass(frozen=True)
@@ -289,12 +388,18 @@ def _fill(work: _Work, indices: Int[np.ndarray, " held"], bucket: Bucket) -> For
     )
     items = np.full((R * J, T), M, np.int32)
     items[places] = _indices(begins[1::2], lengths, T, otherwise=M)
-    vectors = None
+    vectors = vector_places = None
     if work.vectors is not None:
-        vectors = np.zeros((R * J, *work.vectors.shape[1:]), work.vectors.dtype)
-        vectors[places] = work.vectors[indices]
-        vectors = vectors.reshape(R, J, *work.vectors.shape[1:])
-    return Forward(bucket, tokens, prefix, items.reshape(R, J, T), vectors, places, indices, total)
+        C, given, D = bucket.vector_places, *work.vectors.shape[1:]
+        vectors = np.zeros((R, J, C, D), work.vectors.dtype)
+        vectors.reshape(R * J, C, D)[places, :given] = work.vectors[indices]
+        if work.vector_places is not None:
+            own = work.vector_places[indices]
+            vector_places = np.full((R, J, C), M, np.int32)
+            vector_places.reshape(R * J, C)[places, :given] = np.where(own < 0, M, begins[1::2][:, None] + own)
+    label_ids = None if work.label_ids is None else work.label_ids[indices]
+    grid = items.reshape(R, J, T)
+    return Forward(bucket, tokens, prefix, grid, vectors, places, indices, total, label_ids, vector_places)
 
 
 def _indices(starts: np.ndarray, lengths: np.ndarray, width: int, *, otherwise: int) -> np.ndarray:
@@ -309,14 +414,15 @@ def empty_forward(bucket: Bucket, vectors: np.ndarray | None = None) -> Forward:
     Args:
         vectors: vectors of another pass of the bucket, whose shape and dtype the empty ones get.
     """
-    M, none = bucket.tokens, np.zeros(0, np.int64)
+    M, R, J, none = bucket.tokens, bucket.rows, bucket.items_per_row, np.zeros(0, np.int64)
     return Forward(
         bucket,
         np.zeros(M, np.int32),
-        np.full((bucket.rows, bucket.prefix_tokens), M, np.int32),
-        np.full((bucket.rows, bucket.items_per_row, bucket.item_tokens), M, np.int32),
+        np.full((R, bucket.prefix_tokens), M, np.int32),
+        np.full((R, J, bucket.item_tokens), M, np.int32),
         None if vectors is None else np.zeros_like(vectors),
         none,
         none,
         0,
+        vector_places=np.full((R, J, bucket.vector_places), M, np.int32) if bucket.overrides_per_item else None,
     )

@@ -62,11 +62,8 @@ class Ranker:
         dtype: DTypeLike | None = None,
         devices: Sequence[jax.Device] | None = None,
         buckets: BucketConfig | None = None,
-        *,
-        whole_vocabulary: bool = False,
     ) -> None:
-        """Args as `load`; whole_vocabulary: as in `make_score_fn`."""
-        self.whole_vocabulary = whole_vocabulary
+        """Args as `load`."""
         self.manifest = checkpoint.manifest
         self.config = checkpoint.config
         self.prompt = checkpoint.prompt
@@ -74,14 +71,7 @@ class Ranker:
         if buckets is None and compressor is not None:
             platform = devices[0].platform if devices else jax.default_backend()
             buckets = with_vectors(default_buckets(platform), platform, compressor)
-        self.scorer = CompiledScorer(
-            self.config,
-            checkpoint.params,
-            dtype=dtype,
-            devices=devices,
-            buckets=buckets,
-            whole_vocabulary=whole_vocabulary,
-        )
+        self.scorer = CompiledScorer(self.config, checkpoint.params, dtype=dtype, devices=devices, buckets=buckets)
         self.vector_scorer = VectorScorer(self.scorer, self.prompt, compressor) if compressor is not None else None
 
     @property

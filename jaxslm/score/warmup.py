@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export as jax_export
 from jax.typing import DTypeLike
 
@@ -61,11 +60,11 @@ def warm_up(scorer: CompiledScorer, done: Callable[[int, int], None] | None = No
         done: called after each bucket with the number done and their total.
     """
     start = time.perf_counter()
-    total = len(scorer.buckets.buckets)
-    for number, group in enumerate(scorer.empty_batches(), start=1):
-        np.asarray(scorer.dispatch(group))
+    buckets = scorer.buckets.buckets
+    for number, bucket in enumerate(buckets, start=1):
+        scorer.run_empty(bucket)
         if done is not None:
-            done(number, total)
+            done(number, len(buckets))
     # What exists now lives as long as the process: the collector need not walk it in the middle of a request.
     gc.collect()
     gc.freeze()
@@ -88,13 +87,17 @@ def keep_compiled_programs() -> None:
 
 def abstract_batch(bucket: Bucket, width: int, dtype: DTypeLike = jnp.float32) -> Batch:
     """Returns the bucket's batch as shapes and dtypes: what to lower, compile ahead or export with."""
-    R, J, C = bucket.rows, bucket.items_per_row, bucket.vectors_per_item
+    R, J, C = bucket.rows, bucket.items_per_row, bucket.vector_places
     batch = {
         "tokens": jax.ShapeDtypeStruct((bucket.tokens,), jnp.int32),
         "prefix": jax.ShapeDtypeStruct((R, bucket.prefix_tokens), jnp.int32),
         "items": jax.ShapeDtypeStruct((R, J, bucket.item_tokens), jnp.int32),
     }
-    return batch | {"vectors": jax.ShapeDtypeStruct((R, J, C, width), dtype)} if C else batch
+    if C:
+        batch["vectors"] = jax.ShapeDtypeStruct((R, J, C, width), dtype)
+    if bucket.overrides_per_item:
+        batch["vector_places"] = jax.ShapeDtypeStruct((R, J, C), jnp.int32)
+    return batch
 
 
 def compile_ahead(config: RankerConfig, bucket: Bucket, dtype: DTypeLike) -> jax.stages.Compiled:

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from jaxslm.serve.auth import OPEN_PATHS, Authenticator
 from jaxslm.serve.demo import add_page
 from jaxslm.serve.engine import Engine
-from jaxslm.serve.errors import ApiError, error_response, invalid
+from jaxslm.serve.errors import ApiError, error_response, invalid_body
 from jaxslm.serve.gate import Gate, read_body
 from jaxslm.serve.schemas import (
     DeleteItemsRequest,
@@ -45,18 +45,13 @@ logger = logging.getLogger(__name__)
 
 
 def parser(kind: type[BodyT], body: bytes) -> Callable[[], BodyT]:
-    """Returns a function that checks a body against its schema: 400 for broken JSON, 422 for anything else."""
+    """Returns a function that checks a body against its schema; it raises ApiError."""
 
     def parse() -> BodyT:
         try:
             return kind.model_validate_json(body)
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            param = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] == "json_invalid":
-                raise invalid(f"body: {problem['msg']}") from None
-            message = f"{param or 'body'}: {problem['msg'].removeprefix('Value error, ')}"
-            raise ApiError(422, "invalid_request", message, param=param or None) from None
+            raise invalid_body(error) from None
 
     return parse
 

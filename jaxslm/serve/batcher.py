@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from jaxslm.errors import InputError
-from jaxslm.score.packing import Forward, Packer, PackRequest
+from jaxslm.score.packing import Forward, Packer, PackRequest, values_per_item
 from jaxslm.serve.metrics import Metrics
 
 QUEUED_AHEAD = 2
@@ -60,7 +60,7 @@ class Scorer(Protocol):
         ...
 
     def collect(self, group: Sequence[Forward], result: Any, logits: np.ndarray) -> None:
-        """Waits for a result of `dispatch` and puts its rows into `logits` [n, 2]."""
+        """Waits for a result of `dispatch` and puts its rows into `logits` [n, values_per_item]."""
         ...
 
 
@@ -68,7 +68,8 @@ class Job:
     """One request's items on their way through the device.
 
     Attributes:
-        future: becomes the logits of (no, yes), float32 [J, 2], in the order given.
+        future: becomes the logits of (no, yes), float32 [J, 2], in the order given; the log-probabilities of what the
+            request's `label_ids` ask for stand behind them.
         trial: whether the server itself asks: such a job goes first, shares no batch, and metrics leave it out.
         submitted, started, finished: `time.monotonic()` in seconds; the latter two None until then.
     """
@@ -82,8 +83,8 @@ class Job:
         self.order = np.argsort(-lengths, kind="stable")
         self.totals = np.cumsum(lengths[self.order])
         self.taken, self.left = 0, len(lengths)
-        self.logits = np.empty((len(lengths), 2), np.float32)
-        self.future: Future[Float32[np.ndarray, "J 2"]] = Future()
+        self.logits = np.empty((len(lengths), values_per_item([request])), np.float32)
+        self.future: Future[Float32[np.ndarray, "J C"]] = Future()
         # From now on cancelling the future from outside has no effect: `Batcher.drop` is the way.
         self.future.set_running_or_notify_cancel()
         self.dropped = False
@@ -138,9 +139,7 @@ class _Slice:
 
     @property
     def request(self) -> PackRequest:
-        whole = self.job.request
-        vectors = None if whole.vectors is None else whole.vectors[self.places]
-        return PackRequest(whole.prefix_ids, [whole.item_ids[place] for place in self.places], vectors)
+        return self.job.request.items_at(self.places)
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,10 @@ class _Batch:
     @property
     def num_items(self) -> int:
         return sum(len(part.places) for part in self.slices)
+
+    def empty_logits(self) -> Float32[np.ndarray, "n C"]:
+        """Room for what its items get."""
+        return np.empty((self.num_items, values_per_item([part.job.request for part in self.slices])), np.float32)
 
 
 class Batcher:
@@ -210,7 +213,7 @@ class Batcher:
             if not self._queued_tokens:
                 self._waiting_since = job.submitted
             urgency = -math.inf if trial else deadline
-            heapq.heappush(self._heaps.setdefault(request.vectors_per_item, []), (urgency, next(self._numbers), job))
+            heapq.heappush(self._heaps.setdefault(request.kind, []), (urgency, next(self._numbers), job))
             self._queued_tokens += job.tokens
             self._changed.notify_all()
         return job
@@ -356,7 +359,7 @@ class Batcher:
     def _collect(self) -> None:
         while (batch := self._in_flight.get()) is not None:
             try:
-                logits = np.empty((batch.num_items, 2), np.float32)
+                logits = batch.empty_logits()
                 for group, result in batch.passes:
                     self.scorer.collect(group, result, logits)
             except Exception as error:  # whatever the device raises must not end this thread
@@ -368,7 +371,7 @@ class Batcher:
                 self._running.popleft()
                 self._slots.release()
 
-    def _deliver(self, batch: _Batch, logits: Float32[np.ndarray, "n 2"]) -> None:
+    def _deliver(self, batch: _Batch, logits: Float32[np.ndarray, "n C"]) -> None:
         """Hands a batch's logits to its jobs, learns how fast the device is, and counts what the batch cost."""
         now = time.monotonic()
         busy_s = now - max(batch.dispatched, self._last_finished)
@@ -376,7 +379,7 @@ class Batcher:
         ends = np.cumsum([len(part.places) for part in batch.slices])
         for part, values in zip(batch.slices, np.split(logits, ends[:-1]), strict=True):
             job = part.job
-            job.logits[part.places] = values
+            job.logits[part.places] = values[:, : job.logits.shape[1]]
             job.left -= len(part.places)
             if not job.left and not job.future.done():
                 job.finished = now

@@ -9,10 +9,13 @@ ITEM_EDGES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PREFIX_EDGES = (128, 1024)
 PASS_TOKENS = {"cpu": (256, 1024), "gpu": (1024, 8192), "tpu": (1024, 8192)}
 """Sizes of a forward pass by platform."""
+OVERRIDES_PER_ITEM = 32
+"""Embeddings that clients send in place of tokens, anywhere in query and item: for few bodies, so for few shapes."""
+OVERRIDE_ITEM = 128
 
 
 def serving_buckets(config: RankerConfig, platform: str, compressor: CompressorConfig | None) -> BucketConfig:
-    """Returns shapes for every row that the ranker's prompt can make, and for items of the compressor's vectors.
+    """Returns shapes for every row that the ranker's prompt can make, with overrides too, and for compressed items.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
@@ -28,4 +31,9 @@ def serving_buckets(config: RankerConfig, platform: str, compressor: CompressorC
         for prefix in PREFIX_EDGES:
             fitting = [size for size in sizes if size >= item + prefix] or [item + prefix]
             buckets += [make_bucket(size, prefix, item, shortest, k) for size in fitting]
+    most = max(item for item, _, _ in shapes)
+    overridden = {OVERRIDE_ITEM: sizes[0], most: sizes[-1]} if most > OVERRIDE_ITEM else {most: sizes[0]}
+    for item, size in overridden.items():
+        bucket = make_bucket(max(size, PREFIX_EDGES[-1] + item), PREFIX_EDGES[-1], item, item // 4)
+        buckets.append(bucket.model_copy(update={"overrides_per_item": OVERRIDES_PER_ITEM}))
     return BucketConfig(buckets=tuple(buckets), overhead_tokens=32 if platform == "cpu" else 512)

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from pydantic import ValidationError
 from starlette.responses import Response
 
 REASONS = (
@@ -14,6 +15,9 @@ REASONS = (
     *("device_stalled", "store_unavailable", "deadline", "internal_error"),
 )
 """What `ApiError.kind` may be: metrics count each from the start."""
+
+EXPECTED = "Input should be "
+"""What pydantic's messages about types begin with."""
 
 
 class ApiError(Exception):
@@ -35,6 +39,35 @@ class ApiError(Exception):
 def invalid(message: str, param: str | None = None) -> ApiError:
     """Returns a refusal of a request that breaks a rule: 400."""
     return ApiError(400, "invalid_request", message, param=param)
+
+
+def invalid_body(error: ValidationError) -> ApiError:
+    """Returns the refusal of a body that is not JSON, 400, or against its schema, 422.
+
+    Where a field takes several types, the attempt that came furthest is what the client meant.
+    """
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    if problems[0]["type"] == "json_invalid":
+        return invalid(f"body: {problems[0]['msg']}")
+    paths = [_path(problem["loc"]) for problem in problems]
+    best = max(paths, key=lambda path: (len(path), [part for part in path if isinstance(part, int)]))
+    attempts = zip(problems, paths, strict=True)
+    said = list(
+        dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem, path in attempts if path == best)
+    )
+    if all(message.startswith(EXPECTED) for message in said):
+        said = [EXPECTED + " or ".join(message.removeprefix(EXPECTED) for message in said)]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in best).removeprefix(".")
+    return ApiError(422, "invalid_request", f"{param or 'body'}: {said[0]}", param=param or None)
+
+
+def _path(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Returns the fields and numbers that lead to a value, without the names of the types that were tried."""
+    return tuple(
+        part
+        for depth, part in enumerate(location)
+        if depth == 0 or isinstance(part, int) or (part.isidentifier() and part.islower() and part != "str")
+    )
 
 
 def error_body(error: ApiError, request_id: str) -> dict[str, Any]:

@@ -1,28 +1,21 @@
 """From a request's body to rows of tokens for the device: what runs in a thread pool, off the event loop."""
 
-import base64
-import binascii
-import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
-import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from jaxslm.data_files import Item
 from jaxslm.score.compressed import VectorRequest
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.packing import MAX_LABEL_IDS, PackRequest
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.cache import CachedScore, ScoreCache, score_key
 from jaxslm.serve.catalogue import Catalogue
 from jaxslm.serve.errors import ApiError, invalid
 from jaxslm.serve.metrics import Metrics
-from jaxslm.serve.schemas import EmbeddingArray, ItemStatus, OnMiss, ScoreRequest
-
-_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+from jaxslm.serve.schemas import ItemStatus, OnMiss, RerankRequest, ScoreRequest, document_of
+from jaxslm.serve.vectors import decode, overrides_of
 
 
 @dataclass
@@ -31,6 +24,7 @@ class Prepared:
 
     Attributes:
         logits: of (no, yes), [J, 2]; NaN where no score is known yet, or ever.
+        log_probs: [J, L] among the whole vocabulary, of the labels that are asked for; None if the logits will do.
         status, truncated, tokens: per item; tokens without those of the shared prefix.
         prefix_tokens: of the prefix that items share.
         work: what the device has to score, with the places of its items.
@@ -44,12 +38,15 @@ class Prepared:
     prefix_tokens: int = 0
     work: list[tuple[PackRequest, list[int]]] = field(default_factory=list)
     keys: dict[int, str] = field(default_factory=dict)
+    log_probs: Float32[np.ndarray, "J L"] | None = None
 
     @classmethod
-    def of(cls, num_items: int) -> "Prepared":
+    def of(cls, num_items: int, num_labels: int = 0) -> "Prepared":
         """Returns a request of so many items of text of which nothing is known."""
         logits = np.full((num_items, 2), np.nan, np.float32)
-        return cls(logits, ["text"] * num_items, [False] * num_items, np.zeros(num_items, np.int64))
+        log_probs = np.full((num_items, num_labels), np.nan, np.float32) if num_labels else None
+        tokens = np.zeros(num_items, np.int64)
+        return cls(logits, ["text"] * num_items, [False] * num_items, tokens, log_probs=log_probs)
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +57,12 @@ class Prepared:
         """Adds rows for the device."""
         self.work.append((request, places))
         self.tokens[places] = [len(ids) for ids in request.item_ids]
+
+    def fill_in(self, places: list[int], values: Float32[np.ndarray, "n C"]) -> None:
+        """Notes what the device found for these places."""
+        self.logits[places] = values[:, :2]
+        if self.log_probs is not None:
+            self.log_probs[places] = values[:, 2 : 2 + self.log_probs.shape[1]]
 
     def scored(self) -> dict[str, CachedScore]:
         """Returns what the score cache should keep of the answers."""
@@ -93,21 +96,48 @@ class Preparer:
         self._catalogue, self._cache = catalogue, cache
         # All that a score depends on, beside query and item: weights, prompt, and how they are used.
         identity = ranker.manifest.model_dump_json(include={"params_sha256", "template_sha256", "ranker", "compressor"})
-        self._model = f"{identity} {ranker.dtype} {ranker.whole_vocabulary}"
+        self._model = f"{identity} {ranker.dtype}"
         buckets = ranker.scorer.buckets.buckets
-        self._ks = sorted({bucket.vectors_per_item for bucket in buckets} - {0})
+        self._overrides_per_item = max(bucket.overrides_per_item for bucket in buckets)
 
-    @cached_property
-    def _table(self) -> np.ndarray:
-        """The embedding table on the host: copied when first needed, as looking rows up on the device would compile."""
-        return np.asarray(self._ranker.params["embedding"])
-
-    def rerank(self, query: str, documents: Sequence[str | Item], max_item_tokens: int | None) -> Prepared:
-        """Returns the rows of texts in the ranker's prompt."""
+    def rerank(self, body: RerankRequest) -> Prepared:
+        """Returns the rows of documents in the ranker's prompt."""
+        query, documents = document_of(body.query).text, body.every_document
+        if not documents:
+            raise invalid("documents: at least one is needed", "documents")
         self._check_number(len(documents))
+        _check_query(query)
+        if body.rank_fields not in (None, ["text"], ["title", "text"]):
+            raise invalid('rank_fields: must be ["text"] or ["title", "text"]', "rank_fields")
+        own = self._ranker.prompt.config.instruction
+        for name, given in (("instruct", body.instruct), ("instruction", body.instruction)):
+            if given not in (None, own):
+                raise invalid(f"{name}: must be null or what the ranker was trained with: {own!r}", name)
         prepared = Prepared.of(len(documents))
-        self._add_texts(prepared, query, dict(enumerate(documents)), max_item_tokens)
+        items = {
+            place: Item(id="document", title=document.title, text=document.text) if document.title else document.text
+            for place, document in enumerate(documents)
+        }
+        self._add_texts(prepared, query, items, self._document_limit(body, query), "documents")
         return prepared
+
+    def _document_limit(self, body: RerankRequest, query: str) -> int | None:
+        """Returns how many tokens of a document count at most; checks what the body says of the query's."""
+        prompt, limits = self._ranker.prompt, [body.max_tokens_per_doc] if body.max_tokens_per_doc else []
+        if body.max_tokens_per_query and (length := len(prompt.text_ids([query])[0])) > body.max_tokens_per_query:
+            raise invalid(
+                f"max_tokens_per_query: the query has {length} tokens, and queries are never cut",
+                "max_tokens_per_query",
+            )
+        if body.truncate_prompt_tokens is not None and body.truncate_prompt_tokens >= 0:
+            room = prompt.item_room(prompt.encode_query(query), body.truncate_prompt_tokens)
+            if room < 1:
+                raise invalid(
+                    f"truncate_prompt_tokens: query and prompt alone have {body.truncate_prompt_tokens - room}",
+                    "truncate_prompt_tokens",
+                )
+            limits.append(room)
+        return min(limits, default=None)
 
     def score(self, body: ScoreRequest) -> Prepared:
         """Returns the rows of a `/v1/score` request."""
@@ -119,29 +149,48 @@ class Preparer:
         if len(set(given)) > 1:
             raise invalid(f"items, item_ids and item_embeddings: must be equally many, are {given}", "items")
         self._check_number(given[0])
-        if body.query is None:
-            raise invalid("query: is needed", "query")
+        if body.return_pooled_hidden_states:
+            raise invalid(
+                "return_pooled_hidden_states: must be false: a ranker that reads label tokens pools nothing",
+                "return_pooled_hidden_states",
+            )
+        label_ids = self._asked_labels(body)
         if not given[0]:
-            return Prepared.of(0)
+            return Prepared.of(0, len(label_ids))
         items = [body.items] if isinstance(body.items, str) else body.items
         own_prompt = body.label_token_ids is not None or body.embed_override_token_id is not None
         if isinstance(body.query, list) or own_prompt or (items and isinstance(items[0], list)):
             if body.item_ids is not None or body.item_embeddings is not None:
                 raise invalid("item_ids, item_embeddings: need the ranker's own prompt: a text as query, no labels")
-            return self._rows(body, items or [])
+            return self._rows(body, items or [], label_ids)
         return self._in_ranker_prompt(body, body.query, [str(item) for item in items] if items else None)
+
+    def _asked_labels(self, body: ScoreRequest) -> tuple[int, ...]:
+        """Returns the labels whose log-probabilities the device must compute: none if the ranker's own logits do."""
+        labels, vocab_size = body.label_token_ids, self._ranker.config.model.vocab_size
+        if labels is None:
+            return ()
+        if not 0 < len(labels) <= MAX_LABEL_IDS:
+            raise invalid(
+                f"label_token_ids: {len(labels)} ids: 1 to {MAX_LABEL_IDS} can be asked for", "label_token_ids"
+            )
+        if max(labels) >= vocab_size:
+            raise invalid(f"label_token_ids: {max(labels)} is outside 0..{vocab_size - 1}", "label_token_ids")
+        own = set(labels) <= set(self._ranker.label_token_ids)
+        return () if own and body.apply_softmax else tuple(labels)
 
     def _check_number(self, num_items: int) -> None:
         if num_items > self._max_items:
             raise ApiError(413, "too_many_items", f"{num_items} items: at most {self._max_items} in one request")
 
     def _in_ranker_prompt(self, body: ScoreRequest, query: str, texts: list[str] | None) -> Prepared:
+        _check_query(query)
         if body.item_first:
             raise invalid("item_first: the ranker's own prompt has the query first", "item_first")
         if body.item_ids is not None and body.item_embeddings is not None:
             raise invalid("item_ids, item_embeddings: either, not both", "item_ids")
         if body.item_embeddings is not None:
-            array = _decode(body.item_embeddings, self._ranker.config.model.width)
+            array = decode(body.item_embeddings, self._ranker.config.model.width)
             prepared = Prepared.of(len(array))
             self._add_vectors(prepared, query, dict(enumerate(array)), texts)
             return prepared
@@ -155,7 +204,7 @@ class Preparer:
         if texts is not None:
             wanted = {place: texts[place] for place in missing if ids[place] is None or body.on_miss == "text"}
             if wanted:
-                self._add_texts(prepared, query, wanted, body.max_tokens_per_item)
+                self._add_texts(prepared, query, wanted, body.max_tokens_per_item, "items")
         return prepared
 
     def _look_up(self, prepared: Prepared, ids: Sequence[str | None]) -> dict[int, np.ndarray]:
@@ -198,9 +247,12 @@ class Preparer:
         )
 
     def _add_texts(
-        self, prepared: Prepared, query: str, texts: Mapping[int, str | Item], max_item_tokens: int | None
+        self, prepared: Prepared, query: str, texts: Mapping[int, str | Item], max_item_tokens: int | None, name: str
     ) -> None:
-        """Adds rows of texts by place, but for those whose score is cached."""
+        """Adds rows of texts by place, but for those whose score is cached. `name`: what the client calls them."""
+        for place, text in texts.items():
+            if not (text if isinstance(text, str) else f"{text.title or ''}{text.text}").strip():
+                raise invalid(f"{name}[{place}]: has no text", f"{name}[{place}]")
         if self._cache is not None:
             texts = {place: texts[place] for place in self._not_cached(prepared, query, texts, max_item_tokens)}
         if not texts:
@@ -254,9 +306,11 @@ class Preparer:
         self._metrics.cache.labels("miss").inc(len(others))
         return others
 
-    def _rows(self, body: ScoreRequest, items: Sequence[str] | Sequence[list[int]]) -> Prepared:
+    def _rows(
+        self, body: ScoreRequest, items: Sequence[str] | Sequence[list[int]], label_ids: tuple[int, ...]
+    ) -> Prepared:
         """Rows of token ids, or of texts that are whole prompts together: nothing is added to either."""
-        prepared = Prepared.of(len(items))
+        prepared = Prepared.of(len(items), len(label_ids))
         query = body.query
         if isinstance(query, str) and all(isinstance(item, str) for item in items):
             texts = [f"{item}{query}" if body.item_first else f"{query}{item}" for item in items]
@@ -268,14 +322,16 @@ class Preparer:
         else:
             raise invalid("query, items: both text or both token ids", "query")
         self._check_ids(rows)
-        if body.embed_override_token_id is not None:
-            self._add_overridden(prepared, body, rows)
-        elif body.query_embed_overrides is not None or body.item_embed_overrides is not None:
-            raise invalid("embed_override_token_id: is needed with embedding overrides", "embed_override_token_id")
-        else:
-            shared = min(shared, min(map(len, rows)) - 1)
-            prepared.prefix_tokens = shared
-            prepared.add(PackRequest(rows[0][:shared], [row[shared:] for row in rows]), list(range(len(rows))))
+        vectors, places = overrides_of(body, rows, self._ranker.config.model.width, self._overrides_per_item)
+        shared = min(shared, min(map(len, rows)) - 1)
+        if places is not None:
+            shared = min(shared, int(places[places >= 0].min()))
+            places = np.where(places < 0, places, places - shared)
+            for number in np.flatnonzero((places >= 0).any(axis=1)).tolist():
+                prepared.status[number] = "embedding"
+        prepared.prefix_tokens = shared
+        request = PackRequest(rows[0][:shared], [row[shared:] for row in rows], vectors, places, label_ids)
+        prepared.add(request, list(range(len(rows))))
         return prepared
 
     def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
@@ -286,56 +342,10 @@ class Preparer:
             if max(row) >= vocab_size:
                 raise invalid(f"items[{number}]: a token id is outside 0..{vocab_size - 1}", "items")
 
-    def _add_overridden(self, prepared: Prepared, body: ScoreRequest, rows: list[list[int]]) -> None:
-        """Adds rows in which embeddings fill the places of one token: one stretch of vectors per row.
 
-        Tokens within the stretch, and as many behind or before it as the next compiled number of vectors takes, become
-        the vectors that they are anyway: rows of the embedding table.
-        """
-        query = body.query_embed_overrides or []
-        items = body.item_embed_overrides or [None] * len(rows)
-        if len(items) != len(rows):
-            raise invalid(f"item_embed_overrides: {len(items)} for {len(rows)} items", "item_embed_overrides")
-        groups: dict[tuple[int, tuple[int, ...]], list[tuple[int, list[int], np.ndarray]]] = defaultdict(list)
-        for number, (row, own) in enumerate(zip(rows, items, strict=True)):
-            overrides = [*(own or []), *query] if body.item_first else [*query, *(own or [])]
-            start, vectors = self._stretch(number, row, overrides, body.embed_override_token_id)
-            prepared.status[number] = "embedding" if overrides else "text"
-            groups[len(vectors), tuple(row[:start])].append((number, row[start:], vectors))
-        for (k, prefix_ids), members in groups.items():
-            stacked = np.stack([vectors for _, _, vectors in members]) if k else None
-            request = PackRequest(prefix_ids, [ids for _, ids, _ in members], stacked)
-            prepared.add(request, [number for number, _, _ in members])
-            prepared.prefix_tokens += len(prefix_ids)
-
-    def _stretch(
-        self, number: int, row: list[int], overrides: Sequence[Sequence[float]], token: int | None
-    ) -> tuple[int, Float[np.ndarray, "C D"]]:
-        """Returns where a row's vectors begin, and the vectors."""
-        width = self._ranker.config.model.width
-        places = [place for place, each in enumerate(row) if each == token]
-        if len(places) != len(overrides):
-            raise invalid(
-                f"items[{number}] contains {len(places)} occurrences of embed_override_token_id but {len(overrides)}"
-                " override embeddings were provided",
-                "item_embed_overrides",
-            )
-        if any(len(vector) != width for vector in overrides):
-            raise invalid(f"items[{number}]: override embeddings must have {width} values", "item_embed_overrides")
-        if not places:
-            return len(row) - 1, np.zeros((0, width), np.float32)
-        span = places[-1] + 1 - places[0]
-        k = next((k for k in self._ks if k >= span), None)
-        if k is None or k > len(row):
-            raise invalid(
-                f"items[{number}]: embeddings span {span} of {len(row)} tokens; compiled for"
-                f" {', '.join(map(str, self._ks)) or 'none'}",
-                "item_embed_overrides",
-            )
-        start = min(places[0], len(row) - k)
-        vectors = self._table[row[start : start + k]].astype(np.float32)
-        vectors[np.array(places) - start] = np.asarray(overrides, np.float32)
-        return start, vectors
+def _check_query(query: str) -> None:
+    if not query.strip():
+        raise invalid("query: must not be empty", "query")
 
 
 def _shared_length(rows: Sequence[list[int]]) -> int:
@@ -343,21 +353,3 @@ def _shared_length(rows: Sequence[list[int]]) -> int:
     first, last = min(rows), max(rows)
     differing = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return next(differing, min(len(first), len(last)))
-
-
-def _decode(array: EmbeddingArray, width: int) -> Float[np.ndarray, "J C D"]:
-    """Returns the array that a request holds; raises ApiError if it is not what its shape says, or not finite."""
-    dtype = _DTYPES[array.dtype]
-    if min(array.shape[:2]) < 1 or array.shape[2] != width:
-        raise invalid(f"item_embeddings.shape: must be [items, vectors, {width}], is {list(array.shape)}")
-    try:
-        data = base64.b64decode(array.data, validate=True)
-    except binascii.Error:
-        raise invalid("item_embeddings.data: no valid base64", "item_embeddings") from None
-    expected = math.prod(array.shape) * dtype.itemsize
-    if len(data) != expected:
-        raise invalid(f"item_embeddings.data: {len(data)} bytes, shape and dtype need {expected}", "item_embeddings")
-    values = np.frombuffer(data, dtype).reshape(array.shape).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise invalid("item_embeddings.data: must be finite", "item_embeddings")
-    return values

@@ -5,17 +5,22 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxslm.data_files import NonEmpty
+from jaxslm.score.packing import MAX_LABEL_IDS
 
 OnMiss = Literal["fail", "text", "skip"]
 ItemStatus = Literal["text", "embedding", "not_found", "stale", "corrupt"]
 
 
+# Rules that the server tells in its own words are only in the schema's text (`json_schema_extra`).
+Size = Annotated[int, Field(gt=0)]
+Text = Annotated[str, Field(json_schema_extra={"pattern": r"\S"})]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Rows = Annotated[list[Tokens], Field(fail_fast=True)]
 Vector = Annotated[list[float], Field(fail_fast=True)]
 Vectors = Annotated[list[Vector], Field(fail_fast=True)]
+Nothing = Annotated[dict[str, Any], Field(max_length=0)] | None
 
 
 class Body(BaseModel):
@@ -29,9 +34,15 @@ class EmbeddingArray(Body):
 
     data: str = Field(description="base64 of the bytes, C order")
     dtype: Literal["float32", "float16", "bfloat16"]
-    shape: Annotated[tuple[int, int, int], Field(strict=False)] = Field(
+    shape: Annotated[tuple[Size, Size, Size], Field(strict=False)] = Field(
         description="[items, vectors per item, width of the ranker]"
     )
+
+
+ANY_ITEMS: list[Any] = [
+    {"required": [name], "properties": {name: {"type": kinds}}}
+    for name, kinds in (("items", ["string", "array"]), ("item_ids", "array"), ("item_embeddings", "object"))
+]
 
 
 class ScoreRequest(Body):
@@ -41,21 +52,23 @@ class ScoreRequest(Body):
     prompt: its text is scored as it stands, query and item end to end. Token ids always are.
     """
 
-    query: str | Tokens | None = Field(None, description="text, or token ids if the items are token ids")
+    model_config = ConfigDict(json_schema_extra={"anyOf": ANY_ITEMS})
+    query: str | Tokens = Field(description="text, or token ids if the items are token ids")
     items: str | Texts | Rows | None = Field(None, description="texts, or rows of token ids")
     label_token_ids: Tokens | None = Field(
-        None, description="labels of `scores`: the ranker's ids of no and yes, any of them, in any order"
+        None,
+        description="labels of `scores`: any tokens; the ranker's no and yes if null",
+        json_schema_extra={"minItems": 1, "maxItems": MAX_LABEL_IDS},
     )
     apply_softmax: bool = Field(
         False,
-        description="with `label_token_ids`: true: probabilities among these labels; false: among the whole vocabulary,"
-        " if the server's setting `whole_vocabulary` is on",
+        description="with `label_token_ids`: true: probabilities among these labels; false: among the whole vocabulary",
     )
     item_first: bool = Field(False, description="item before query; only for token ids and own prompts")
     embed_override_token_id: TokenId | None = Field(None, description="token whose places the overrides fill")
     query_embed_overrides: Vectors | None = None
     item_embed_overrides: Annotated[list[Vectors | None], Field(fail_fast=True)] | None = None
-    return_pooled_hidden_states: Literal[False] = False
+    return_pooled_hidden_states: bool = Field(False, description="true is refused: nothing is pooled")
     model: str | None = None
     item_ids: Annotated[list[str | None], Field(fail_fast=True)] | None = Field(
         None, description="look these up in the item store; null: use the text of `items`"
@@ -107,29 +120,84 @@ class Document(BaseModel):
     title: str | None = None
 
 
+class TextPart(BaseModel):
+    """A part of a message. Parts of other types than text are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    type: Literal["text"]
+    text: str
+
+
+Parts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+
+
+class Content(BaseModel):
+    """Parts, in vLLM's words."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    content: Parts
+
+
+AnyDocument = Text | Document | Content | Parts
+"""A document as any of the clients sends it; SGLang's are bare parts. Lines of one text each are one document."""
+
+
+def document_of(given: AnyDocument) -> Document:
+    """Returns a document in the one form."""
+    if isinstance(given, Document):
+        return given
+    if isinstance(given, str):
+        return Document(text=given)
+    return Document(text="\n".join(part.text for part in (given.content if isinstance(given, Content) else given)))
+
+
+AT_LEAST_ONE = Field(fail_fast=True, json_schema_extra={"minItems": 1})
+RANK_FIELDS = Field(json_schema_extra={"enum": [["text"], ["title", "text"]]})
+
+
 class RerankRequest(Body):
     """Orders documents by relevance to a query. Bodies of Cohere, Jina, vLLM and SGLang."""
 
-    query: str | Document
-    documents: str | Annotated[list[str | Document], Field(fail_fast=True)]
+    query: AnyDocument
+    documents: Text | Content | Annotated[list[AnyDocument], AT_LEAST_ONE] = Field(
+        description="texts, objects with text and title, or parts of messages; vLLM's `content` is a document a part"
+    )
     model: str | None = None
     top_n: Annotated[int, Field(ge=0)] | None = Field(None, description="how many to return; all if 0 or null")
     return_documents: bool | None = Field(None, description="by default yes, but not on /v2/rerank")
     max_tokens_per_doc: Annotated[int, Field(ge=0)] | None = Field(None, description="0 or null: the ranker's own")
+    max_tokens_per_query: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="0 or null: any; a longer query is refused, as queries are never cut"
+    )
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="documents are cut so that a row has no more tokens; -1 or null: the ranker's own limit"
+    )
     use_activation: bool | None = Field(None, description="false: log-odds instead of probabilities")
+    rank_fields: Annotated[list[str], RANK_FIELDS] | None = Field(
+        None, description='["text"] leaves titles out, ["title", "text"] does not'
+    )
+    instruction: str | None = Field(None, description="null, or the one instruction that the ranker was trained with")
+    instruct: str | None = Field(None, description="as `instruction`")
     # Of no effect on scores.
     user: str | None = None
     request_id: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
     truncation_side: Literal["right"] | None = None
-    truncate_prompt_tokens: Literal[-1] | None = None
-    max_tokens_per_query: Literal[0] | None = None
     max_chunks_per_doc: int | None = Field(None, description="of no effect: documents are cut, not split")
-    mm_processor_kwargs: None = None
-    chat_template_kwargs: None = None
-    instruction: None = Field(None, description="null: the ranker was trained with one instruction, which is used")
-    instruct: None = Field(None, description="as `instruction`")
+    mm_processor_kwargs: Nothing = None
+    chat_template_kwargs: Nothing = None
+
+    @property
+    def every_document(self) -> list[Document]:
+        """The documents in their one form; titles only if they count."""
+        if isinstance(self.documents, Content):
+            return [Document(text=part.text) for part in self.documents.content]
+        given = [self.documents] if isinstance(self.documents, str) else self.documents
+        documents = [document_of(each) for each in given]
+        if self.rank_fields is None or "title" in self.rank_fields:
+            return documents
+        return [Document(text=document.text) for document in documents]
 
 
 class RerankDocument(BaseModel):
@@ -173,7 +241,7 @@ class PutItemsRequest(Body):
 
     items: Annotated[list[CatalogueItem], Field(min_length=1, fail_fast=True)]
     vectors_per_item: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="k; the most that the compressor knows if null"
+        None, description="one of the numbers that the compressor knows; the largest if null"
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
-from jaxslm.score.scorer import Ranker, Scores
+from jaxslm.score.scorer import Scores
 from jaxslm.serve.admission import Admission
 from jaxslm.serve.batcher import Batcher, DeadlineError, DeviceError, Job
 from jaxslm.serve.catalogue import Catalogue
@@ -23,7 +23,6 @@ from jaxslm.serve.prepare import Prepared
 from jaxslm.serve.schemas import (
     DeleteItemsRequest,
     DeleteItemsResponse,
-    Document,
     FailedItems,
     PutItemsRequest,
     PutItemsResponse,
@@ -101,7 +100,6 @@ class Service:
 
             def prepare() -> tuple[ScoreRequest, Prepared]:
                 body = parse()
-                _check_labels(body, model.ranker)
                 return body, model.preparer.score(body)
 
             body, prepared = await self._run(model.batcher, call, prepare, gone)
@@ -116,12 +114,7 @@ class Service:
 
             def prepare() -> tuple[RerankRequest, Prepared]:
                 body = parse()
-                query = body.query if isinstance(body.query, str) else body.query.text
-                documents = [body.documents] if isinstance(body.documents, str) else body.documents
-                items = [each if isinstance(each, str) else _item(each) for each in documents]
-                if not items:
-                    raise invalid("documents: at least one is needed", "documents")
-                return body, model.preparer.rerank(query, items, body.max_tokens_per_doc or None)
+                return body, model.preparer.rerank(body)
 
             body, prepared = await self._run(model.batcher, call, prepare, gone)
             return _rerank_response(model, call, body, prepared, return_documents)
@@ -224,7 +217,7 @@ class Service:
                 batcher.drop(job)
             raise
         for (_, places), logits in zip(prepared.work, results, strict=True):
-            prepared.logits[places] = logits
+            prepared.fill_in(places, logits)
         if not np.isfinite(prepared.logits[[place for _, places in prepared.work for place in places]]).all():
             self.engine.health.suspect()
             raise ApiError(503, "device_failed", "the device returned no numbers", retry_after_s=1.0)
@@ -264,14 +257,15 @@ def _score_response(model: ServedModel, body: ScoreRequest, prepared: Prepared) 
     no_yes = model.ranker.label_token_ids
     labels = tuple(body.label_token_ids or no_yes)
     known = ~np.isnan(prepared.logits[:, 0])
-    places = [no_yes.index(label) for label in labels]
     calibration = model.ranker.manifest.calibration
     scored = Scores(prepared.logits, prepared.truncated, calibration)
-    if body.label_token_ids is not None and not body.apply_softmax:
-        # The ranker's logits are log-probabilities among the whole vocabulary then.
-        scores = np.exp(prepared.logits[:, places].astype(np.float64))
+    if prepared.log_probs is None:
+        scores = _among_labels(scored.probabilities, [no_yes.index(label) for label in labels])
     else:
-        scores = _among_labels(scored.probabilities, places)
+        chosen = prepared.log_probs.astype(np.float64)
+        if body.apply_softmax:
+            chosen -= np.logaddexp.reduce(chosen, axis=1, keepdims=True)
+        scores = np.exp(chosen)
     return ScoreResponse(
         scores=_or_none(scores, known),
         model=model.name,
@@ -301,23 +295,20 @@ def _rerank_response(
 ) -> RerankResponse:
     if body.return_documents is not None:
         return_documents = body.return_documents
-    documents = [body.documents] if isinstance(body.documents, str) else body.documents
+    documents = body.every_document if return_documents else []
     scored = Scores(prepared.logits, prepared.truncated)
     log_odds = scored.log_odds
     relevance = log_odds if body.use_activation is False else scored.probabilities
-    results = []
-    for place in np.argsort(-log_odds, kind="stable")[: body.top_n or None].tolist():
-        document = documents[place]
-        text = document if isinstance(document, str) else document.text
-        results.append(
-            RerankResult(
-                index=place,
-                relevance_score=float(relevance[place]),
-                logit=float(log_odds[place]),
-                truncated=prepared.truncated[place],
-                document=RerankDocument(text=text) if return_documents else None,
-            )
+    results = [
+        RerankResult(
+            index=place,
+            relevance_score=float(relevance[place]),
+            logit=float(log_odds[place]),
+            truncated=prepared.truncated[place],
+            document=RerankDocument(text=documents[place].text) if return_documents else None,
         )
+        for place in np.argsort(-log_odds, kind="stable")[: body.top_n or None].tolist()
+    ]
     tokens = prepared.num_tokens
     return RerankResponse(
         id=call.request_id,
@@ -331,27 +322,6 @@ def _rerank_response(
             "tokens": {"input_tokens": tokens, "output_tokens": 0},
         },
     )
-
-
-def _check_labels(body: ScoreRequest, ranker: Ranker) -> None:
-    """Refuses labels that the ranker computes no row for, and probabilities that it was not started for."""
-    no_yes = ranker.label_token_ids
-    if body.label_token_ids is None:
-        return
-    if not body.label_token_ids or not set(body.label_token_ids) <= set(no_yes):
-        raise invalid(
-            f"label_token_ids: this ranker has rows for {no_yes[0]} (no) and {no_yes[1]} (yes) alone", "label_token_ids"
-        )
-    if not body.apply_softmax and not ranker.whole_vocabulary:
-        raise invalid(
-            "apply_softmax: must be true: false asks for probabilities among the whole vocabulary, and this server"
-            " computes those of its two labels alone (its setting whole_vocabulary)",
-            "apply_softmax",
-        )
-
-
-def _item(document: Document) -> Item:
-    return Item(id="document", title=document.title, text=document.text)
 
 
 def _or_none(values: np.ndarray, known: np.ndarray) -> list[Any]:

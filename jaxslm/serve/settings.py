@@ -57,8 +57,6 @@ class ServeSettings(Settings):
         watchdog_s: an idle device is tried so often. stall_s: a pass that takes longer turns readiness off.
         drain_s: how long a stopping server waits for accepted requests.
         keys_file: API keys, one per line, # for comments; besides those of JAXSLM_API_KEYS.
-        whole_vocabulary: compute probabilities among the whole vocabulary too, for SGLang's `apply_softmax: false`; a
-            row of the head per token of the vocabulary and item.
         store_dtype: how `PUT /v1/items` stores vectors.
         cache: the score cache. tracing: where spans go.
     """
@@ -82,7 +80,6 @@ class ServeSettings(Settings):
     stall_s: Seconds = 30.0
     drain_s: Seconds = 30.0
     keys_file: NonEmpty | None = None
-    whole_vocabulary: bool = False
     store_dtype: StorageDtype = "int8"
     cache: CacheSettings | None = None
     tracing: TracingSettings | None = None

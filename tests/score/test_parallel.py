@@ -1,11 +1,17 @@
 """Eight devices give the scores of one, by shard_map and by pmap."""
 
+from dataclasses import replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxslm.config import Bucket, BucketConfig
+from jaxslm.model.decoder import Decoder
+from jaxslm.model.head import vocab_logits
+from jaxslm.model.layout import Rows
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
 from jaxslm.score.packing import Packer, PackRequest, empty_forward
 from jaxslm.score.parallel import replicate
@@ -57,6 +63,29 @@ def test_many_devices_equal_one(scorers: dict[int, CompiledScorer], devices: int
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("devices", [1, 3])
+def test_log_probabilities_of_any_tokens_come_beside_the_logits(
+    scorers: dict[int, CompiledScorer], devices: int
+) -> None:
+    """Requests that ask for different tokens, or none, share passes; one asks for more items than are done at once."""
+    plain = requests((3, 50), (7, 40), (8, 20))
+    work = [replace(plain[0], label_ids=(7, 0, 7)), plain[1], replace(plain[2], label_ids=tuple(range(16)))]
+    logits = scorers[devices].logits(plain)
+    before = compilations()
+    found = scorers[devices].logits(work)
+    assert compilations() == before
+    np.testing.assert_array_equal(found[:, :2], logits)
+    rows = [[*request.prefix_ids, *item] for request in plain for item in request.item_ids]
+    tokens, valid = np.zeros((len(rows), 20), np.int32), np.zeros((len(rows), 20), bool)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)], valid[number, : len(row)] = row, True
+    params = tiny_params(CONFIG.model)
+    states: Any = Decoder(CONFIG.model).apply({"params": params}, jnp.asarray(tokens), Rows(jnp.asarray(valid)))
+    expected = np.asarray(jax.nn.log_softmax(vocab_logits(states, params)))
+    np.testing.assert_allclose(found[:50, 2:5], expected[:50, [7, 0, 7]], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found[90:, 2:], expected[90:, :16], rtol=0, atol=1e-5)
+
+
 def test_pmap_of_the_same_function_gives_the_same_scores(scorers: dict[int, CompiledScorer]) -> None:
     devices = jax.local_devices()
     work = requests((3, 40), (7, 20))
@@ -66,7 +95,7 @@ def test_pmap_of_the_same_function_gives_the_same_scores(scorers: dict[int, Comp
     for group in Packer(BUCKETS).pack(work, len(devices)):
         full = [*group, *[empty_forward(group[0].bucket)] * (len(devices) - len(group))]
         batch = {name: np.stack([forward.batch[name] for forward in full]) for name in full[0].batch}
-        scorers[8].collect(group, by_pmap(tiny_params(CONFIG.model), batch), found)
+        scorers[8].collect(group, (by_pmap(tiny_params(CONFIG.model), batch),), found)
     np.testing.assert_allclose(found, scorers[8].logits(work), rtol=0, atol=1e-6)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jaxslm.compress.splice import splice
 from jaxslm.config import Bucket, BucketConfig
+from jaxslm.errors import InputError
 from jaxslm.model import layout
 from jaxslm.model.layout import LONG_PREFIX, causal_attention
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
@@ -126,6 +127,36 @@ def test_vectors_that_are_token_embeddings_change_nothing() -> None:
     expected = with_vectors.logits([PackRequest([1, 2, 3], items.tolist())])
     np.testing.assert_allclose(found, expected, **TIGHT)
     assert np.abs(with_vectors.logits([PackRequest([1, 2, 3], hidden_ids)]) - expected).max() > 1e-4
+
+
+def test_overrides_that_are_token_embeddings_change_nothing_wherever_they_stand() -> None:
+    """Requests with one to three of them, or none in some items, share passes; one has too long a prefix to share."""
+    config, params = TINY_CONFIGS[NAMES[0]], tiny_params(TINY_CONFIGS[NAMES[0]])
+    bucket = Bucket(tokens=64, rows=4, prefix_tokens=8, items_per_row=2, item_tokens=16, overrides_per_item=3)
+    text = bucket.model_copy(update={"overrides_per_item": 0})
+    scorer = CompiledScorer(
+        tiny_ranker_config(config),
+        params,
+        devices=jax.local_devices()[:1],
+        buckets=BucketConfig(buckets=(text, bucket)),
+    )
+    table, generator = np.asarray(params["embedding"]), np.random.default_rng(0)
+    plain, overridden = [], []
+    for prefix, count in ((3, 1), (8, 3), (9, 2), (0, 3)):
+        items = generator.integers(0, VOCAB_SIZE, (5, 6))
+        places = np.stack([generator.permutation(6)[:count] for _ in items])
+        hidden = items.copy()
+        np.put_along_axis(hidden, places, 0, axis=1)
+        vectors = table[np.take_along_axis(items, places, axis=1)]
+        places[0], hidden[0], vectors[0] = -1, items[0], np.nan
+        prefix_ids = generator.integers(0, VOCAB_SIZE, prefix).tolist()
+        plain.append(PackRequest(prefix_ids, items.tolist()))
+        overridden.append(PackRequest(prefix_ids, hidden.tolist(), vectors, places))
+    np.testing.assert_allclose(scorer.logits(overridden), scorer.logits(plain), **TIGHT)
+    with pytest.raises(InputError, match=r"item of 17 tokens with 1 overrides .* may have 16 tokens"):
+        scorer.logits([PackRequest([1], [[2] * 17], np.zeros((1, 1, 32), np.float32), np.zeros((1, 1), int))])
+    with pytest.raises(InputError, match=r"no bucket holds it \(none is for items with 4 overrides\)"):
+        scorer.logits([PackRequest([1], [[2] * 5], np.zeros((1, 4, 32), np.float32), np.zeros((1, 4), int))])
 
 
 def test_splice_leaves_other_tokens_alone() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from jaxslm.score.scorer import Ranker
 from jaxslm.serve.run import Server
 from jaxslm.serve.settings import ServeSettings
 from tests.serve.tiny_server import running, write_files
@@ -27,3 +28,9 @@ def server(files: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> I
     with running(settings) as server:
         gc.unfreeze()
         yield server
+
+
+@pytest.fixture
+def ranker(server: Server) -> Ranker:
+    """The ranker behind the server."""
+    return server.service.engine.model.ranker

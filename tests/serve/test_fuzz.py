@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from jaxslm.serve.run import Server
 from jaxslm.serve.served import ServedModel
-from tests.serve.tiny_server import ADMIN, metric
+from tests.serve.tiny_server import ADMIN, metric, ok, post
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -58,3 +58,29 @@ def test_no_request_breaks_the_server(server: Server, monkeypatch: pytest.Monkey
     assert statuses[422] + statuses[400] > 0
     assert metric(server.url, "jaxslm_compilations_after_ready") == compiled
     print(dict(statuses))
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("ScoreRequest", {"query": "x"}),
+        ("ScoreRequest", {"query": "x", "items": None, "item_ids": None}),
+        ("ScoreRequest", {"query": None, "items": ["y"]}),
+        ("ScoreRequest", {"query": "x", "items": ["y"], "label_token_ids": []}),
+        ("ScoreRequest", {"query": "x", "item_embeddings": {"data": "", "dtype": "float32", "shape": [1, 0, 32]}}),
+        ("RerankRequest", {"query": " ", "documents": ["y"]}),
+        ("RerankRequest", {"query": "x", "documents": []}),
+        ("RerankRequest", {"query": "x", "documents": ["y", ""]}),
+        ("RerankRequest", {"query": "x", "documents": ["y"], "rank_fields": ["title"]}),
+    ],
+)
+def test_the_openapi_document_says_what_is_refused(server: Server, name: str, body: dict[str, Any]) -> None:
+    jsonschema = pytest.importorskip("jsonschema_rs", reason="schemathesis brings it")
+    document = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
+    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    path = {"ScoreRequest": "/v1/score", "RerankRequest": "/rerank"}[name]
+    assert post(server, path, body).status_code in (400, 422)
+    assert not jsonschema.Draft202012Validator(schema).is_valid(body)
+    good = {"ScoreRequest": {"query": "x", "items": ["y"]}, "RerankRequest": {"query": "x", "documents": ["y"]}}[name]
+    jsonschema.Draft202012Validator(schema).validate(good)
+    ok(post(server, path, good))

@@ -121,7 +121,7 @@ def test_the_time_of_a_slow_body_is_not_that_of_tokenising(server: Server, lines
     answer = httpx.post(f"{server.url}/v1/score", content=slow(), headers=headers, timeout=60)
     assert answer.status_code == 200
     line = lines[-1]
-    assert line["receive_ms"] >= 500
+    assert line["receive_ms"] >= 400  # the first part may have been sent before it was asked for
     assert line["tokenise_ms"] <= line["total_ms"] - line["receive_ms"]
     assert float(answer.headers["x-tokenization-time"]) == pytest.approx(line["tokenise_ms"], abs=0.01)
 

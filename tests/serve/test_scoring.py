@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -24,39 +23,13 @@ from jaxslm.score.scorer import Ranker
 from jaxslm.serve.engine import Engine
 from jaxslm.serve.run import Server
 from jaxslm.serve.settings import Keys, ServeSettings
-from tests.serve.tiny_server import ADMIN, BUCKETS, metric, running
+from tests.serve.tiny_server import ADMIN, BUCKETS, metric, ok, post, refused
 
 TOLERANCE = 1e-6
 """XLA adds up differently in passes of different shape or content: the same item in another pass differs in its last
 bits, by up to about 6e-7 in its logit. The same request alone is bit-equal."""
 WORDS = ["python", "developer", "nurse", "engineer", "job", "the", "ward", "é", "12", "night shift"]
 LOREM = [" ".join(words) for words in itertools.permutations(WORDS, 3)]
-
-
-def post(server: Server, path: str, body: Any, **options: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}{path}", json=body, timeout=120, **options)
-
-
-def ok(response: httpx.Response) -> dict[str, Any]:
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def refused(response: httpx.Response, status: int) -> str:
-    """Checks the one error body; returns its message."""
-    assert response.status_code == status, response.text
-    body = response.json()
-    assert set(body) == {"object", "message", "type", "param", "code", "id"}
-    assert body["object"] == "error"
-    assert body["code"] == status
-    assert body["id"] == response.headers["x-request-id"]
-    return str(body["message"])
-
-
-@pytest.fixture
-def ranker(server: Server) -> Ranker:
-    return server.service.engine.model.ranker
 
 
 @pytest.fixture(scope="module")
@@ -154,27 +127,6 @@ def test_an_sglang_body_of_text_brings_its_own_prompt(server: Server, ranker: Ra
     answer = ok(post(server, "/v1/score", body))
     np.testing.assert_allclose(answer["logits"], logits[:, 1] - logits[:, 0], rtol=0, atol=4 * TOLERANCE)
     assert answer["label_token_ids"] == labels
-
-
-def test_embedding_overrides_replace_the_placeholders(server: Server, ranker: Ranker) -> None:
-    """A placeholder that is overridden by the embedding of a token scores as that token, wherever it stands."""
-    table, token = np.asarray(ranker.params["embedding"]), 300
-    rows, real = [[token, 5, 6], [4, token, 6], [4, 5, token]], [11, 12, 13]
-    body = {
-        "query": [9, 8],
-        "items": rows,
-        "label_token_ids": list(ranker.label_token_ids),
-        "apply_softmax": True,
-        "embed_override_token_id": token,
-        "item_embed_overrides": [[table[each].tolist()] for each in real],
-    }
-    answer = ok(post(server, "/v1/score", body))
-    whole = [[9, 8, *(each if id_ == token else id_ for id_ in row)] for row, each in zip(rows, real, strict=True)]
-    logits = ranker.label_logits(whole)
-    np.testing.assert_allclose(answer["logits"], logits[:, 1] - logits[:, 0], rtol=0, atol=1e-5)
-    assert answer["status"] == ["embedding"] * 3
-    message = refused(post(server, "/v1/score", body | {"item_embed_overrides": [None, [[0.0] * 32], None]}), 400)
-    assert message.startswith("items[0] contains 1 occurrences of embed_override_token_id but 0 override embeddings")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -305,7 +257,8 @@ def test_metrics_count(server: Server) -> None:
     [
         ({"query": "x", "items": []}, 200),
         ({"query": "x"}, 400),
-        ({"items": ["y"]}, 400),
+        ({"query": "x", "items": None, "item_ids": None}, 400),
+        ({"items": ["y"]}, 422),
         ({"query": " ", "items": ["y"]}, 400),
         ({"query": "x", "items": ["y", " "]}, 400),
         ({"query": "x", "items": [1]}, 422),
@@ -319,8 +272,11 @@ def test_metrics_count(server: Server) -> None:
         ({"query": [-1], "items": [[1]]}, 422),
         ({"query": [1], "items": [[1] * 4000]}, 400),
         ({"query": [], "items": [[]]}, 400),
-        ({"query": "x", "items": ["y"], "label_token_ids": [1], "apply_softmax": True}, 400),
-        ({"query": "x", "items": ["y"], "label_token_ids": [], "apply_softmax": True}, 400),
+        ({"query": "x", "items": ["y"], "label_token_ids": [10**6], "apply_softmax": True}, 400),
+        ({"query": "x", "items": [], "label_token_ids": [10**6]}, 400),
+        ({"query": "x", "items": ["y"], "label_token_ids": []}, 400),
+        ({"query": "x", "items": ["y"], "label_token_ids": list(range(17))}, 400),
+        ({"query": "x", "items": ["y"], "return_pooled_hidden_states": True}, 400),
         ({"query": "x", "items": ["y"], "item_first": True}, 400),
         ({"query": "x" * 5000, "items": ["y"]}, 400),
         ({"query": [1], "items": [[1]], "item_embed_overrides": [None]}, 400),
@@ -335,26 +291,64 @@ def test_rules_of_score_requests(server: Server, body: Any, status: int) -> None
         assert refused(response, status)
 
 
-def test_labels_that_need_the_whole_vocabulary_are_refused(server: Server, ranker: Ranker) -> None:
-    body = {"query": "x", "items": ["y"], "label_token_ids": list(ranker.label_token_ids)}
-    assert "whole_vocabulary" in refused(post(server, "/v1/score", body), 400)
+@pytest.mark.parametrize(
+    ("fields", "status", "message"),
+    [
+        ({"items": [8, 9]}, 422, "items[0]: Input should be a valid string or a valid array"),
+        ({"items": 5}, 422, "items: Input should be a valid string or a valid array"),
+        ({"items": ["a", 5]}, 422, "items[1]: Input should be a valid string"),
+        ({"items": [[1], [2, "a"]]}, 422, "items[1][1]: Input should be a valid integer"),
+        ({"query": [1, -2]}, 422, "query[1]: Input should be greater than or equal to 0"),
+        ({"items": ["y", " "]}, 400, "items[1]: has no text"),
+        ({"query": " "}, 400, "query: must not be empty"),
+        ({"item_embeddings": {"data": "", "dtype": "int8", "shape": [1, 1, 1]}}, 422, "item_embeddings.dtype: Input"),
+        ({"item_embeddings": {"data": "", "more": 1}}, 422, "item_embeddings.dtype: Field required"),
+    ],
+)
+def test_refusals_name_the_value_at_fault_in_one_line(
+    server: Server, fields: dict[str, Any], status: int, message: str
+) -> None:
+    answer = post(server, "/v1/score", {"query": "x", "items": ["y"]} | fields)
+    assert refused(answer, status).startswith(message)
+    assert answer.json()["param"] == message.partition(":")[0]
 
 
-def test_a_server_started_for_it_answers_sglangs_default(files: dict[str, Any], ranker: Ranker) -> None:
+def test_sglangs_default_scores_any_labels_among_the_whole_vocabulary(server: Server, ranker: Ranker) -> None:
+    """Beside requests that ask for nothing of the kind, in the same passes, whose scores stay what they are."""
     no, yes = ranker.label_token_ids
-    body = {"query": [7, 8], "items": [[5, 17, 9], [3, 4, 6]], "label_token_ids": [yes, no]}
-    rows = jnp.array([[7, 8, 5, 17, 9], [7, 8, 3, 4, 6]])
-    states: Any = Decoder(ranker.config.model).apply({"params": ranker.params}, rows, Rows(jnp.ones(rows.shape, bool)))
-    expected = np.asarray(jax.nn.softmax(vocab_logits(states, ranker.params), axis=1))[:, [yes, no]]
-    with running(ServeSettings(**files, whole_vocabulary=True)) as server:
-        answer = ok(post(server, "/v1/score", body))
-        np.testing.assert_allclose(answer["scores"], expected, rtol=1e-5)
-        labels_alone = ok(post(server, "/v1/score", body | {"apply_softmax": True}))
-        assert np.sum(labels_alone["scores"], axis=1) == pytest.approx(1)
-        np.testing.assert_allclose(
-            labels_alone["logits"], np.log(expected[:, 0]) - np.log(expected[:, 1]), rtol=0, atol=1e-5
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, 256, (70, 9))  # more than are computed at once
+    rows[:, :2] = 7, 8
+    layout = Rows(jnp.ones(rows.shape, bool))
+    states: Any = Decoder(ranker.config.model).apply({"params": ranker.params}, jnp.asarray(rows), layout)
+    vocabulary = np.asarray(vocab_logits(states, ranker.params), np.float64)
+    before = metric(server.url, "jaxslm_compilations_after_ready")
+    bodies: list[dict[str, Any]] = []
+    expected = []
+    for labels in ([yes, no], [no, yes], [yes], [17, 3], [yes, 5, no, 5], list(range(16))):
+        for softmax in (None, False, True):
+            part = np.sort(generator.choice(70, generator.integers(1, 71), replace=False))
+            options = {} if softmax is None else {"apply_softmax": softmax}
+            items = rows[part, 2:].tolist()
+            bodies.append({"query": [7, 8], "items": items, "label_token_ids": labels} | options)
+            expected.append((part, labels, bool(softmax)))
+    with ThreadPoolExecutor(8) as threads:
+        plain = threads.map(
+            lambda query: ok(post(server, "/v1/score", {"query": query, "items": LOREM[:20]})), LOREM[:9]
         )
-        assert metric(server.url, "jaxslm_compilations_after_ready") == 0
+        answers = list(threads.map(lambda body: ok(post(server, "/v1/score", body)), bodies))
+        assert metric(server.url, "jaxslm_compilations_after_ready") == before  # the ranker here may compile
+        for query, answer in zip(LOREM, plain, strict=False):
+            log_odds = ranker.score_request(query, LOREM[:20]).log_odds
+            np.testing.assert_allclose(answer["logits"], log_odds, rtol=0, atol=4 * TOLERANCE)
+    for (part, labels, softmax), answer in zip(expected, answers, strict=True):
+        wanted = np.exp(vocabulary[part])
+        wanted = wanted[:, labels] / (wanted[:, labels] if softmax else wanted).sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(answer["scores"], wanted, rtol=1e-5)
+        assert answer["label_token_ids"] == labels
+        np.testing.assert_allclose(
+            answer["logits"], vocabulary[part, yes] - vocabulary[part, no], rtol=0, atol=4 * TOLERANCE
+        )
 
 
 def test_vectors_in_the_batch_do_not_touch_texts(server: Server, ranker: Ranker) -> None:

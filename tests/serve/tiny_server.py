@@ -26,9 +26,11 @@ buckets = [
   {tokens = 512, rows = 32, prefix_tokens = 320, items_per_row = 1, item_tokens = 64},
   {tokens = 640, rows = 8, prefix_tokens = 320, items_per_row = 1, item_tokens = 320},
   {tokens = 512, rows = 32, prefix_tokens = 320, items_per_row = 1, item_tokens = 8, vectors_per_item = 2},
+  {tokens = 640, rows = 8, prefix_tokens = 320, items_per_row = 1, item_tokens = 320, overrides_per_item = 6},
 ]
 """
-"""Two shapes for texts of up to about 250 bytes, one for two vectors per item. The tiny prompt takes 85 tokens."""
+"""Two shapes for texts of up to about 250 bytes, one for two vectors per item, one for overrides. The tiny
+prompt takes 85 tokens."""
 
 
 def write_files(folder: Path) -> dict[str, Any]:
@@ -109,3 +111,26 @@ def metric(url: str, name: str) -> float:
     """Returns the sum of a metric over its labels."""
     lines = httpx.get(f"{url}/metrics", headers=ADMIN).text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+def post(server: Server, path: str, body: Any, **options: Any) -> httpx.Response:
+    """Sends a JSON body."""
+    return httpx.post(f"{server.url}{path}", json=body, timeout=120, **options)
+
+
+def ok(response: httpx.Response) -> dict[str, Any]:
+    """Returns the body of a 200."""
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def refused(response: httpx.Response, status: int) -> str:
+    """Checks the one error body; returns its message."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"object", "message", "type", "param", "code", "id"}
+    assert body["object"] == "error"
+    assert body["code"] == status
+    assert body["id"] == response.headers["x-request-id"]
+    return str(body["message"])
