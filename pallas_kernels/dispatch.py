@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import tuning
 
-XLA = "xla"
-MOSAIC_GPU = "mosaic_gpu"
+XLA = tuning.XLA
+MOSAIC_GPU = tuning.MOSAIC_GPU
 INTERPRETED = "mosaic_gpu_interpreted"
 """The kernel on a CPU, slow: memory starts as NaN, and reads and writes that race are found."""
 
@@ -22,6 +22,11 @@ IMPLEMENTATIONS = (XLA, MOSAIC_GPU, INTERPRETED)
 
 Unsupported = Callable[[Mapping[str, int], DTypeLike, Mapping[str, int]], str | None]
 """(shape, dtype, tiles) -> why a kernel cannot take such arguments on any device, or None if it can."""
+
+
+class CannotRunError(ValueError):
+    """A named implementation does not take the arguments, or not on this device; says why."""
+
 
 _logger = logging.getLogger("pallas_kernels")
 
@@ -85,7 +90,7 @@ def choose(
             arguments. Without a measurement that is XLA.
 
     Raises:
-        ValueError: an unknown name, or a named kernel that cannot run here; says why.
+        ValueError: an unknown name; CannotRunError for a named kernel that cannot run here.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation {implementation!r}: must be None or one of {', '.join(IMPLEMENTATIONS)}")
@@ -111,7 +116,7 @@ def choose(
     if why_not is None:
         return _record(chosen(name, reason))
     if implementation is not None:
-        raise ValueError(f"{chosen(name, reason)}: {why_not}")
+        raise CannotRunError(f"{chosen(name, reason)}: {why_not}")
     return _record(chosen(XLA, why_not), fell_back=True)
 
 

@@ -11,6 +11,10 @@ from importlib import import_module
 import jax
 import numpy as np
 
+TOLERANCE = 2.0**-6
+"""Largest error of a row of a bfloat16 result, relative by norm, to float64 or to another implementation: about three
+times what rounding makes of it. One key too many or too few, or a tile written twice, errs by more."""
+
 OPS = ("gated_mlp", "prefix_item_attention")
 
 
@@ -27,6 +31,7 @@ class Spec:
         flops, bytes: least work and traffic of one call.
         tiles: choices of tile sizes worth timing, the default first.
         run_tiles: (*arguments, tiles=one of them) -> result of the kernel with these tiles.
+        padding: rows at the end of the result that nobody reads, so that implementations need not agree on them.
     """
 
     op: str
@@ -39,9 +44,18 @@ class Spec:
     bytes: int
     tiles: Sequence[Mapping[str, int]]
     run_tiles: Callable[..., jax.Array]
+    padding: int = 0
 
     def __str__(self) -> str:
         return f"{self.op}, {self.name}"
+
+
+def worst_row_error(found: np.ndarray, expected: np.ndarray, padding: int = 0) -> float:
+    """Returns the largest |found - expected| / |expected| of all rows but the last `padding`; inf if not finite."""
+    rows = len(expected) - padding
+    found, expected = (array[:rows].astype(np.float64).reshape(rows, -1) for array in (found, expected))
+    errors = np.linalg.norm(found - expected, axis=1) / np.maximum(np.linalg.norm(expected, axis=1), 1e-30)
+    return float(np.max(np.where(np.isfinite(errors), errors, np.inf)))
 
 
 def specs(op: str) -> tuple[Spec, ...]:

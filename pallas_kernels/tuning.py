@@ -11,6 +11,15 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+XLA = "xla"
+MOSAIC_GPU = "mosaic_gpu"
+
+TILES = {
+    "gated_mlp": ("f", "d", "stages"),
+    "prefix_item_attention": ("keys", "stages", "queries", "weights_in_registers"),
+}
+"""The names of each op's tile sizes: the fields of its `Tiles`, whose modules take over a second to import."""
+
 PATH = Path(__file__).with_name("tuning.json")
 MAX_ROWS = 50
 """A table that one can read: rows stand for the shapes around them, so few are needed."""
@@ -24,7 +33,7 @@ class Row:
     """One measurement.
 
     Attributes:
-        device: its name as JAX gives it. shape: sizes by axis letter. fastest: an implementation of `dispatch`.
+        device: its name as JAX gives it. shape: sizes by axis letter. fastest: XLA or MOSAIC_GPU.
         tiles: the kernel's best tiles. seconds: best time by implementation.
     """
 
@@ -39,7 +48,11 @@ class Row:
 
 @cache
 def table(path: Path = PATH) -> tuple[Row, ...]:
-    """Returns the rows of the file, none if it is absent. Raises ValueError for a file of another form."""
+    """Returns the rows of the file, none if it is absent.
+
+    Raises:
+        ValueError: a file of another form, or a row with a name or number that means nothing here; names both.
+    """
     if not path.is_file():
         return ()
     try:
@@ -48,7 +61,25 @@ def table(path: Path = PATH) -> tuple[Row, ...]:
         raise ValueError(
             f"{path}: not a table of kernel measurements ({error}); scripts/tune_kernels.py writes one"
         ) from error
+    for number, row in enumerate(rows, start=1):
+        if (problem := _problem(row)) is not None:
+            raise ValueError(f"{path}: row {number}: {problem}")
     return rows
+
+
+def _problem(row: Row) -> str | None:
+    """Says what is wrong with a row; None if nothing is."""
+    for name, value, known in (("op", row.op, tuple(TILES)), ("fastest", row.fastest, (XLA, MOSAIC_GPU))):
+        if value not in known:
+            return f"{name} {value!r}: must be one of {', '.join(known)}"
+    for name, sizes in (("shape", row.shape), ("tiles", row.tiles)):
+        if not isinstance(sizes, dict):
+            return f"{name} must be numbers by name"
+        for key, size in sizes.items():
+            if type(size) is not int:
+                return f"{name}: {key}={size!r} must be a whole number"
+    unknown = set(row.tiles) - set(TILES[row.op])
+    return f"tiles: {min(unknown)!r} is none of {row.op}'s, which are {', '.join(TILES[row.op])}" if unknown else None
 
 
 def nearest(
@@ -75,8 +106,13 @@ def _log_ratios(a: Mapping[str, int], b: Mapping[str, int]) -> list[float]:
 
 def write(rows: Sequence[Row], path: Path = PATH) -> None:
     """Writes the table; raises ValueError for more than MAX_ROWS rows."""
-    if len(rows) > MAX_ROWS:
-        raise ValueError(f"{len(rows)} rows of measurements: at most {MAX_ROWS}, each stands for the shapes around it")
+    check_size(len(rows))
     text = ",\n".join(json.dumps(asdict(row)) for row in rows)
     path.write_text(f'{{"rows": [\n{text}\n]}}\n', encoding="utf-8")
     table.cache_clear()
+
+
+def check_size(rows: int) -> None:
+    """Raises ValueError for more than MAX_ROWS rows: to be called before they are measured."""
+    if rows > MAX_ROWS:
+        raise ValueError(f"{rows} rows of measurements: at most {MAX_ROWS}, each stands for the shapes around it")

@@ -3,45 +3,60 @@
 
     python3 scripts/tune_kernels.py [--op NAME ...] [--repeats N]
 
-Rewrites the rows of this device and these ops in pallas_kernels/tuning.json; rows of other devices stay. A kernel is
-the default for a shape only if it was faster than XLA by MARGIN. Takes a few minutes. Exit status: 2 without a GPU that
-runs the kernels.
+A choice of tiles whose result differs from XLA's by more than rounding is reported and never written. Rewrites the rows
+of this device and these ops in pallas_kernels/tuning.json; rows of other devices stay. A kernel is the default for a
+shape only if it was faster than XLA by MARGIN. Takes a few minutes. Exit status: 2 without a GPU that runs the kernels.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxslm.bench.kernels import FAILURES, contenders, seconds_per_call
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import MOSAIC_GPU, XLA, is_hopper, target_device
-from pallas_kernels.specs import OPS, Spec, specs
+from pallas_kernels.specs import OPS, TOLERANCE, Spec, specs, worst_row_error
 
 MARGIN = 1.03
 """How many times faster than XLA a kernel must be: less is within the spread of two measurements."""
 
 
 def tune(spec: Spec, device: str, repeats: int) -> tuning.Row:
-    """Returns the row of one spec; a choice of tiles that does not compile is reported and left out."""
+    """Returns the row of one spec."""
     arguments = tuple(map(jnp.asarray, spec.make(0)))
     call, laid_out = dict(contenders(spec))[XLA](arguments)
+    expected = np.asarray(jax.jit(call)(*laid_out))
     xla_s = seconds_per_call(call, laid_out, repeats)
-    timed = []
-    for tiles in spec.tiles:
-        try:
-            timed.append((seconds_per_call(partial(spec.run_tiles, tiles=tiles), arguments, repeats), dict(tiles)))
-        except FAILURES as error:
-            print(f"{spec}, {dict(tiles)}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+    timed = list(timed_tiles(spec, arguments, expected, repeats))
     kernel_s, best = min(timed, key=lambda pair: pair[0], default=(float("inf"), {}))
     print(f"{spec}: XLA {xla_s * 1e6:.1f} µs, kernel {kernel_s * 1e6:.1f} µs with {best}", file=sys.stderr)
     fastest = MOSAIC_GPU if kernel_s * MARGIN < xla_s else XLA
     seconds = {XLA: xla_s} | ({MOSAIC_GPU: kernel_s} if timed else {})
     return tuning.Row(spec.op, device, "bfloat16", dict(spec.shape), fastest, best, seconds)
+
+
+def timed_tiles(
+    spec: Spec, arguments: tuple[Any, ...], expected: np.ndarray, repeats: int
+) -> Iterator[tuple[float, dict[str, int]]]:
+    """Yields seconds and tiles; those that do not compile, or compute something else, are reported and left out."""
+    for tiles in spec.tiles:
+        call = partial(spec.run_tiles, tiles=tiles)
+        try:
+            error = worst_row_error(np.asarray(jax.jit(call)(*arguments)), expected, spec.padding)
+            if error > TOLERANCE:
+                raise ValueError(f"differs from XLA's result by {error:.1e} in a row, more than {TOLERANCE:.1e}")
+            yield seconds_per_call(call, arguments, repeats), dict(tiles)
+        except FAILURES as reason:
+            print(f"{spec}, {dict(tiles)}: left out: {' '.join(str(reason).split())[:200]}", file=sys.stderr)
 
 
 def main() -> int:
@@ -52,9 +67,11 @@ def main() -> int:
     args = parser.parse_args()
     device = target_device()[1]
     if not is_hopper(device):
-        parser.error(f"kernels need a Hopper GPU and this is {device}: nothing to tune")
-    rows = [tune(spec, device, args.repeats) for op in args.op for spec in specs(op)]
+        print(f"tune_kernels: kernels need a Hopper GPU and this is {device}: nothing to tune", file=sys.stderr)
+        return 2
     others = [row for row in tuning.table() if row.device != device or row.op not in args.op]
+    tuning.check_size(len(others) + sum(len(specs(op)) for op in args.op))
+    rows = [tune(spec, device, args.repeats) for op in args.op for spec in specs(op)]
     tuning.write([*others, *rows])
     print(f"{len(rows)} rows written to {tuning.PATH}", file=sys.stderr)
     return 0

@@ -31,7 +31,9 @@ def gated_mlp(
     """
     (*leading, D), F = x.shape, w_gate_DF.shape[1]
     shape = {"M": math.prod(leading), "D": D, "F": F}
-    choice = choose("gated_mlp", shape, x.dtype, _unsupported, implementation)
+    # The kernel multiplies operands of one dtype; XLA promotes them.
+    dtype = jnp.result_type(x, w_gate_DF, w_up_DF)
+    choice = choose("gated_mlp", shape, dtype, _unsupported, implementation)
     if choice.implementation == XLA:
         return reference.gated_mlp(x, w_gate_DF, w_up_DF)
     from pallas_kernels.gated_mlp import mosaic_gpu

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import INTERPRETED, XLA, choose
+from pallas_kernels.dispatch import INTERPRETED, XLA, Choice, choose
 from pallas_kernels.prefix_item_attention import reference
 from pallas_kernels.prefix_item_attention.reference import KeySpans
 
-__all__ = ["KeySpans", "prefix_item_attention"]
+__all__ = ["KeySpans", "choice_for", "prefix_item_attention"]
 
 
 def prefix_item_attention(
@@ -43,9 +43,7 @@ def prefix_item_attention(
     Raises:
         ValueError: the named implementation cannot run on this device or these arguments.
     """
-    (Q, N, H), (M, K, _) = q_QNH.shape, k_MKH.shape
-    shape = {"Q": Q, "M": M, "N": N, "K": K, "H": H, "P": longest[0], "T": longest[1]}
-    choice = choose("prefix_item_attention", shape, q_QNH.dtype, _unsupported, implementation)
+    choice = choice_for(q_QNH.shape, k_MKH.shape, q_QNH.dtype, longest, implementation)
     if choice.implementation == XLA:
         return reference.attention(q_QNH, k_MKH, v_MKH, spans) if xla is None else xla()
     from pallas_kernels.interpret import interpret_params
@@ -56,9 +54,22 @@ def prefix_item_attention(
         k_MKH,
         v_MKH,
         spans,
-        tiles=mosaic_gpu.tiles_for(choice.tiles, shape),
+        tiles=mosaic_gpu.tiles_for(choice.tiles, choice.shape),
         interpret=interpret_params() if choice.implementation == INTERPRETED else None,
     )
+
+
+def choice_for(
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    dtype: DTypeLike,
+    longest: tuple[int, int],
+    implementation: str | None,
+) -> Choice:
+    """Returns what runs for queries [Q, N, H] and keys [M, K, H], which `explain` then lists; the rest as above."""
+    (Q, N, H), (M, K, _) = queries, keys
+    shape = {"Q": Q, "M": M, "N": N, "K": K, "H": H, "P": longest[0], "T": longest[1]}
+    return choose("prefix_item_attention", shape, dtype, _unsupported, implementation)
 
 
 def _unsupported(shape: Mapping[str, int], dtype: DTypeLike, tiles: Mapping[str, int]) -> str | None:

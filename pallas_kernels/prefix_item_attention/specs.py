@@ -86,6 +86,7 @@ def _spec(
         bytes=2 * H * (2 * Q * N + 2 * M * K) + 16 * Q,
         tiles=LAST_LAYER_TILES if last_only else TILES,
         run_tiles=run_tiles,
+        padding=0 if last_only else padding,
     )
 
 

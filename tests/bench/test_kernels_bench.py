@@ -44,14 +44,34 @@ def test_attention_by_the_layout_and_by_rows_is_that_of_the_spec(last_only: bool
 @pytest.mark.parametrize("spec", [GATED[1], attention_spec(last_only=False)], ids=str)
 def test_a_row_has_its_figures_or_why_there_are_none(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "IN_TURN", 2)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     rows = {row["implementation"]: row for row in kernels.measure(spec, CEILINGS, 1)}
     assert rows["xla"]["seconds"] > 0
     assert rows["xla"]["speedup"] == 1
     assert rows["xla"]["error"] < 0.01
     assert "needs a Hopper GPU" in rows["mosaic_gpu"]["failed"]
+    assert rows["tokamax"]["failed"] == "ImportError: tokamax is not installed"
     text = kernels.table(list(rows.values()))
     assert len(text.splitlines()) == 1 + len(rows)
     assert "needs a Hopper GPU" in text
+
+
+def test_padding_counts_in_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's layout leaves padding tokens undefined; every one of these is its own only key."""
+    monkeypatch.setattr(kernels, "seconds_per_call", lambda *_: 1e-3)
+    spec = attention._spec("padded", HEADS, REQUESTS, 8)
+    assert spec.padding == 8
+    (xla,) = (row for row in kernels.measure(spec, CEILINGS, 1) if row["implementation"] == "xla")
+    assert xla["error"] < 0.01
+
+
+def test_the_report_has_the_keys_of_all_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: True)
+    monkeypatch.setattr(kernels, "measure_ceilings", lambda dtype: CEILINGS)
+    monkeypatch.setattr(kernels, "measure", lambda spec, ceilings, repeats: [])
+    result = kernels.bench_kernels(["gated_mlp"])
+    keys = "workload", "dtype", "device", "ceiling_tflops"
+    assert [result[key] for key in keys] == ["gated_mlp", "bfloat16", "a device", 1.0]
 
 
 def test_without_a_gpu_there_is_nothing_to_time() -> None:

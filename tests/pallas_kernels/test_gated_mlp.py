@@ -64,6 +64,15 @@ def test_what_the_kernel_cannot_take_is_said(M: int, D: int, F: int, dtype: str,
     assert jax.eval_shape(lambda x, w: gated_mlp(x, w, w), x, w).shape == (M, F)
 
 
+def test_weights_of_another_dtype_are_said() -> None:
+    x, gate, up = map(jnp.asarray, SMALL[0].make(0))
+    with pytest.raises(ValueError, match="takes bfloat16, not float32"):
+        gated_mlp(x, gate.astype(jnp.float32), up, implementation=INTERPRETED)
+    with pytest.raises(ValueError, match="takes bfloat16, not float32"):
+        gated_mlp(x, gate, up.astype(jnp.float32), implementation=INTERPRETED)
+    assert gated_mlp(x, gate, up.astype(jnp.float32)).shape == (1, gate.shape[1])
+
+
 def test_tiles_that_overflow_shared_memory_are_refused() -> None:
     reason = mosaic_gpu.unsupported(SPECS[0].shape, jnp.bfloat16, {"stages": 5})
     assert reason is not None
