@@ -4,6 +4,7 @@ A layout gives the decoder each token's position, the attention of all layers, a
 which only the tokens that are read need queries, an output projection and an MLP.
 """
 
+import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import prefix_item_attention as packed
-from pallas_kernels.dispatch import XLA, target_device
+from pallas_kernels.dispatch import XLA
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -130,7 +131,6 @@ class SharedPrefix:
         starts_R = self._prefix_starts()
         repeats_R = jnp.any(jnp.tril(starts_R[:, None] == starts_R[None], k=-1) & (prefix_length_R > 0), axis=1)
         self._new_R = (prefix_length_R > 0) & ~repeats_R
-        self._attends_once = R > 1 and P >= LONG_PREFIX and target_device()[0] == "cpu"
         # Where each flat token stands in the unfolded prefixes and items, laid end to end; padding tokens take place 0.
         first_RP = jnp.where(self._new_R[:, None], prefix_RP, num_tokens)
         places = jnp.concatenate([first_RP.reshape(-1), items_RJT.reshape(-1)])
@@ -159,16 +159,24 @@ class SharedPrefix:
 
     def _attend_prefixes(self, q_RKPGH: Array, k_RKPH: Array, v_RKPH: Array) -> Array:
         """Causal attention in each prefix; of a row that repeats a long one any values, as nothing reads them."""
-        if not self._attends_once:
+        R, P = self._prefix_RP.shape
+        if R == 1 or P < LONG_PREFIX:
             return causal_attention(q_RKPGH, k_RKPH, v_RKPH)
 
-        def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:
-            new, *qkv = row
-            return jax.lax.cond(
-                new, lambda: causal_attention(*(x[None] for x in qkv))[0], lambda: jnp.zeros_like(qkv[0])
-            )
+        def each_once(new_R: Array, *qkv: Array) -> Array:
+            def attend_row(row: tuple[Array, ...]) -> Array:
+                new, *qkv = row
+                return jax.lax.cond(
+                    new, lambda: causal_attention(*(x[None] for x in qkv))[0], lambda: jnp.zeros_like(qkv[0])
+                )
 
-        return jnp.asarray(jax.lax.map(attend_row, (self._new_R, q_RKPGH, k_RKPH, v_RKPH)))
+            return jnp.asarray(jax.lax.map(attend_row, (new_R, *qkv)))
+
+        def all_rows(_: Array, *qkv: Array) -> Array:
+            return causal_attention(*qkv)
+
+        # Chosen by the platform that is compiled for, so that a program exported on one holds what others need.
+        return jax.lax.platform_dependent(self._new_R, q_RKPGH, k_RKPH, v_RKPH, cpu=each_once, default=all_rows)
 
     def read(self, x: Array) -> Array:
         """[M, ...] -> [R, J, ...]: the last token of each item."""
@@ -194,15 +202,17 @@ class SharedPrefix:
     def _dispatch(
         self, q: Array, k: Array, v: Array, spans: Callable[[], packed.KeySpans], unfolded: Callable[[], Array]
     ) -> Array:
-        if self._implementation == XLA:
-            return unfolded()
         *queries, K, G, H = q.shape
+        longest = self._prefix_RP.shape[1], self._items_RJT.shape[2]
+        if self._implementation == XLA:  # needs no spans; it is listed all the same
+            packed.choice_for((math.prod(queries), K * G, H), k.shape, q.dtype, longest, XLA)
+            return unfolded()
         out = packed.prefix_item_attention(
             q.reshape(-1, K * G, H),
             k,
             v,
             spans(),
-            longest=(self._prefix_RP.shape[1], self._items_RJT.shape[2]),
+            longest=longest,
             implementation=self._implementation,
             xla=lambda: unfolded().reshape(-1, K * G, H),
         )

@@ -12,6 +12,7 @@ from jaxslm.config import Bucket, BucketConfig
 from jaxslm.model.layout import SharedPrefix
 from jaxslm.score.compiled import make_score_fn
 from jaxslm.score.packing import Packer, PackRequest
+from pallas_kernels import dispatch
 from pallas_kernels.dispatch import INTERPRETED, MOSAIC_GPU, XLA, explain
 from pallas_kernels.prefix_item_attention import reference
 from tests.tiny import tiny_config, tiny_params, tiny_ranker_config
@@ -83,6 +84,16 @@ def test_scores_with_and_without_kernels_agree() -> None:
     np.testing.assert_allclose(chances[INTERPRETED], chances[XLA], rtol=0, atol=0.01)
     ran = {(choice.op, choice.implementation) for choice in explain()}
     assert {("gated_mlp", INTERPRETED), ("prefix_item_attention", INTERPRETED)} <= ran
+
+
+def test_xla_by_name_is_listed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_choices", {})
+    config = tiny_ranker_config()
+    params = tiny_params(config.model)
+    make_score_fn(config, dtype=jnp.float32, implementation=XLA).lower(params, batch() | {"tokens": np.ones(40, int)})
+    assert {(choice.op, choice.implementation, choice.reason) for choice in explain()} == {
+        (op, XLA, "asked for by name") for op in ("gated_mlp", "prefix_item_attention")
+    }
 
 
 def test_a_kernel_that_cannot_run_is_an_error_before_anything_is_computed() -> None:

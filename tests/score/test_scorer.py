@@ -10,6 +10,7 @@ import pytest
 from jax import export
 
 from jaxslm.config import Bucket, BucketConfig
+from jaxslm.model.layout import LONG_PREFIX
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
 from jaxslm.score.packing import Packer, PackRequest
 from jaxslm.score.scorer import Ranker, load
@@ -80,6 +81,18 @@ def test_exported_and_ahead_compiled_functions_give_the_same_logits() -> None:
     loaded = export.deserialize(bytearray(artefact))
     assert set(loaded.platforms) == {"cpu", "cuda", "tpu"}
     np.testing.assert_allclose(loaded.call(params, batch), expected, rtol=0, atol=1e-6)
+
+
+def test_exported_programs_hold_the_attention_of_their_own_platform() -> None:
+    """A long prefix attends once, row by row, on a CPU; other devices would wait for the host to decide it."""
+    bucket = Bucket(tokens=300, rows=3, prefix_tokens=LONG_PREFIX, items_per_row=2, item_tokens=8)
+
+    def loops(*platforms: str) -> int:
+        artefact = export_score_fn(CONFIG, bucket, jnp.float32, platforms)
+        return export.deserialize(bytearray(artefact)).mlir_module().count("stablehlo.while")
+
+    assert loops("cuda") == 0
+    assert loops("cpu") == loops("cpu", "cuda") == CONFIG.model.num_layers - 1
 
 
 def test_the_compilation_cache_keeps_programs(tmp_path: Path) -> None:
