@@ -25,6 +25,10 @@ def bench_score(
     sharing: Annotated[bool, typer.Option(help="Compute a query once for its items.")] = True,
     padded: Annotated[bool, typer.Option("--padded", help="Plain rows, padded to a power of two.")] = False,
     cuts: Annotated[Literal["all", "head", "none"], typer.Option(help="Which exact savings to keep.")] = "all",
+    implementation: Annotated[
+        Literal["xla", "mosaic_gpu"] | None,
+        typer.Option(help="Of ops that have kernels; by default the fastest known."),
+    ] = None,
 ) -> None:
     """Measure a scoring workload on this device beside its floor, with random weights and inputs.
 
@@ -35,7 +39,14 @@ def bench_score(
     from jaxslm.bench.score import bench_score as run
     from jaxslm.bench.score import default_options
 
-    options = replace(default_options(), requests=requests, sharing=sharing, padded=padded, cuts=cuts)
+    options = replace(
+        default_options(),
+        requests=requests,
+        sharing=sharing,
+        padded=padded,
+        cuts=cuts,
+        implementation=implementation,
+    )
     answer(
         run(
             workload,

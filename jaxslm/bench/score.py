@@ -3,36 +3,34 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
+from jaxslm.bench.ablations import Cuts, PaddedRunner, reference_logits, uncut_score_fn
 from jaxslm.bench.device import Ceilings, floor, measure_ceilings
 from jaxslm.bench.workloads import Workload, model_named, random_requests, workload_named
-from jaxslm.compress.splice import splice
 from jaxslm.config import BucketConfig, RankerConfig
-from jaxslm.model.decoder import Decoder, Params
-from jaxslm.model.head import label_logits, label_rows, vocab_logits
-from jaxslm.model.layout import Rows, SharedPrefix
+from jaxslm.errors import InputError
+from jaxslm.model.decoder import Params
 from jaxslm.progress import console
 from jaxslm.score.buckets import default_buckets, fit_buckets
-from jaxslm.score.compiled import Batch, CompiledScorer, make_score_fn
+from jaxslm.score.compiled import CompiledScorer
 from jaxslm.score.packing import PackRequest
 from jaxslm.score.warmup import compilations, warm_up
-
-Cuts = Literal["all", "head", "none"]
-"""What a pass leaves out: "all" as serving does; "head" computes the whole last layer; "none" also every token's
-logits over the vocabulary, as a language model's plain forward pass does."""
-
-REFERENCE_ITEMS = 8
+from pallas_kernels.dispatch import CannotRunError
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to run a workload. `requests`: how many are in flight together. The rest switches off what makes it fast."""
+    """How to run a workload. Sharing, padded, cuts and fitted switch off what makes it fast.
+
+    Attributes:
+        requests: how many are in flight together.
+        implementation: of the ops that have kernels, as `make_score_fn` takes it; None is dispatch's choice.
+    """
 
     sharing: bool = True
     padded: bool = False
@@ -40,6 +38,7 @@ class Options:
     fitted: bool = True
     max_tokens: int = 1024
     requests: int = 1
+    implementation: str | None = None
 
 
 def default_options() -> Options:
@@ -66,7 +65,8 @@ def bench_score(
         items, prefix, item_tokens: replace the workload's own.
 
     Raises:
-        InputError: an unknown workload or model.
+        InputError: an unknown workload or model, items shorter than their vectors, or an implementation that cannot
+            run here.
     """
     options = options or default_options()
     shape = workload_named(workload)
@@ -76,11 +76,19 @@ def bench_score(
         prefix_tokens=shape.prefix_tokens if prefix is None else prefix,
         item_tokens=item_tokens or shape.item_tokens,
     )
+    if shape.item_tokens <= shape.vectors_per_item:
+        raise InputError(
+            f"--item-tokens {shape.item_tokens}: an item of {workload} is {shape.vectors_per_item} vectors and at least"
+            " one token behind them"
+        )
     used = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     config, params = model_named(model, used)
     ceilings = measure_ceilings(used)
     print_floor(shape, config, ceilings)
-    result = measure(shape, config, params, ceilings, repeats, options)
+    try:
+        result = measure(shape, config, params, ceilings, repeats, options)
+    except CannotRunError as error:
+        raise InputError(f"--implementation {options.implementation}: {error}") from None
     result = {"workload": workload, "model": model, **result}
     print_result(result)
     return result
@@ -93,17 +101,18 @@ def measure(
     requests = random_requests(shape, config.model, options.requests)
     run: Runner | PaddedRunner
     if options.padded:
-        run = PaddedRunner(config, params, requests, options.max_tokens)
+        run = PaddedRunner(
+            config, params, requests, options.max_tokens, cuts=options.cuts, implementation=options.implementation
+        )
     else:
         run = Runner(config, params, requests, options)
-    start = time.perf_counter()
     logits = run()
-    compile_s = time.perf_counter() - start
     before = compilations()
     seconds = np.array([timed(run) for _ in range(repeats)])
     compiled = compilations() - before
     rates = options.requests * shape.items / seconds
-    flops = floor(shape, config.model, ceilings, shared=options.sharing and not options.padded).flops / shape.items
+    least = floor(shape, config.model, ceilings, shared=options.sharing and not options.padded)
+    flops = least.flops / shape.items
     passes, places, real = run.shape()
     reference = reference_logits(config, params, requests[0])
     return {
@@ -116,11 +125,12 @@ def measure(
         "forwards": passes,
         "padding_fraction": 1 - real / places,
         "gflop_per_item": flops / 1e9,
+        "floor_bytes_per_request": least.bytes,
         "mfu": float(np.median(rates)) * flops / ceilings.flops_per_s,
         "ceiling_tflops": ceilings.flops_per_s / 1e12,
         "ceiling_gb_per_s": ceilings.bytes_per_s / 1e9,
         "max_abs_diff": float(np.abs(logits[: len(reference)] - reference).max()),
-        "compile_s": compile_s,
+        "compile_s": run.compile_s,
         "compilations_while_measuring": compiled,
         "repeats": repeats,
         "items": shape.items,
@@ -130,7 +140,8 @@ def measure(
         "sharing": options.sharing and not options.padded,
         "padded": options.padded,
         "cuts": options.cuts,
-        "fitted_buckets": options.fitted,
+        "fitted_buckets": options.fitted and not options.padded,
+        "implementation": options.implementation,
         "jax": jax.__version__,
     }
 
@@ -143,7 +154,11 @@ def timed(call: Any) -> float:
 
 
 class Runner:
-    """The serving path: packing, dispatch and collection of results are inside what is timed."""
+    """The serving path: packing, dispatch and collection of results are inside what is timed.
+
+    Attributes:
+        compile_s: what compiling every shape, and running it once, took.
+    """
 
     def __init__(self, config: RankerConfig, params: Params, requests: Sequence[PackRequest], options: Options) -> None:
         if not options.sharing:
@@ -155,10 +170,17 @@ class Runner:
         self._requests = requests
         buckets = bench_buckets(requests, options)
         dtype = jax.tree.leaves(params)[0].dtype
-        self.scorer = CompiledScorer(config, params, dtype=dtype, devices=jax.local_devices()[:1], buckets=buckets)
+        self.scorer = CompiledScorer(
+            config,
+            params,
+            dtype=dtype,
+            devices=jax.local_devices()[:1],
+            buckets=buckets,
+            implementation=options.implementation,
+        )
         if options.cuts != "all":
-            self.scorer.score_fn = uncut_score_fn(config, dtype, options.cuts)
-        warm_up(self.scorer)
+            self.scorer.score_fn = uncut_score_fn(config, dtype, options.cuts, options.implementation)
+        self.compile_s = warm_up(self.scorer)
 
     def __call__(self) -> np.ndarray:
         """Returns logits [all items, 2]."""
@@ -171,35 +193,6 @@ class Runner:
         return len(forwards), places, sum(forward.real_tokens for forward in forwards)
 
 
-class PaddedRunner:
-    """The plain way: whole rows, padded to a power of two, in batches; no packing and no sharing."""
-
-    def __init__(self, config: RankerConfig, params: Params, requests: Sequence[PackRequest], max_tokens: int) -> None:
-        rows = [[*request.prefix_ids, *item] for request in requests for item in request.item_ids]
-        T = 1 << (max(map(len, rows)) - 1).bit_length()
-        self._B, self._real = max(1, max_tokens // T), sum(map(len, rows))
-        self._tokens, self._valid = np.zeros((len(rows), T), np.int32), np.zeros((len(rows), T), bool)
-        for number, row in enumerate(rows):
-            self._tokens[number, : len(row)], self._valid[number, : len(row)] = row, True
-        self._params = params
-        self._score_fn = make_score_fn(config, dtype=jax.tree.leaves(params)[0].dtype)
-
-    def __call__(self) -> np.ndarray:
-        """Returns logits [all items, 2]."""
-        parts = []
-        for start in range(0, len(self._tokens), self._B):
-            tokens, valid = self._tokens[start : start + self._B], self._valid[start : start + self._B]
-            missing = self._B - len(tokens)
-            batch = {"tokens": np.pad(tokens, ((0, missing), (0, 0))), "valid": np.pad(valid, ((0, missing), (0, 0)))}
-            parts.append(self._score_fn(self._params, batch)[: len(tokens)])
-        return np.concatenate([np.asarray(part) for part in parts])
-
-    def shape(self) -> tuple[int, int, int]:
-        """Returns the number of forward passes, their token places and the real tokens in them."""
-        passes = -(-len(self._tokens) // self._B)
-        return passes, passes * self._B * self._tokens.shape[1], self._real
-
-
 def bench_buckets(requests: Sequence[PackRequest], options: Options) -> BucketConfig:
     """Returns the platform's default buckets, or buckets fitted to these requests scored together."""
     if not options.fitted:
@@ -207,69 +200,12 @@ def bench_buckets(requests: Sequence[PackRequest], options: Options) -> BucketCo
     return fit_buckets([requests], count=3, max_tokens=options.max_tokens)
 
 
-def uncut_score_fn(config: RankerConfig, dtype: jnp.dtype, cuts: Cuts) -> Any:
-    """Returns a score function, `with_states`, that computes the last layer of every token, and with "none" its
-    vocabulary logits.
-    """
-    decoder = Decoder(config.model, dtype)
-
-    def score(params: Params, batch: Batch) -> tuple[Array, Array]:
-        items = jnp.asarray(batch["items"])
-        layout = Uncut(jnp.asarray(batch["prefix"]), items, batch["tokens"].shape[0])
-        x: Array = decoder.apply({"params": params}, jnp.asarray(batch["tokens"]), method=Decoder.embed)  # type: ignore[assignment]
-        if "vectors" in batch:
-            x = splice(x, jnp.asarray(batch["vectors"]), items)
-        hidden_MD: Array = decoder.apply({"params": params}, x, layout, method=Decoder.decode)  # type: ignore[assignment]
-        if cuts == "none":
-            logits_MV = vocab_logits(hidden_MD, params)
-            return layout.last(logits_MV)[..., jnp.asarray(config.label_token_ids)], layout.last(hidden_MD)
-        hidden_RJD = layout.last(hidden_MD)
-        R, J, D = hidden_RJD.shape
-        logits = label_logits(hidden_RJD.reshape(R * J, D), label_rows(params, config.label_token_ids))
-        return logits.reshape(R, J, 2), hidden_RJD
-
-    return jax.jit(score)
-
-
-class Uncut(SharedPrefix):
-    """A shared prefix whose last layer is computed for every token."""
-
-    last = SharedPrefix.read
-
-    def read(self, x: Array) -> Array:
-        """Every token."""
-        return x
-
-    def attend_read(self, q: Array, k: Array, v: Array) -> Array:
-        """As in all layers."""
-        return self.attend(q, k, v)
-
-
-def reference_logits(config: RankerConfig, params: Params, request: PackRequest) -> np.ndarray:
-    """Returns the float32 logits of a request's first items as padded rows of their own: the correct, slow way."""
-    float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    rows = np.array([[*request.prefix_ids, *item] for item in request.item_ids[:REFERENCE_ITEMS]], np.int32)
-    P, decoder = len(request.prefix_ids), Decoder(config.model)
-
-    @jax.jit
-    def score(params: Params) -> Array:
-        x_BTD: Array = decoder.apply({"params": params}, jnp.asarray(rows), method=Decoder.embed)  # type: ignore[assignment]
-        if request.vectors is not None:
-            vectors = request.vectors[:REFERENCE_ITEMS]
-            x_BTD = x_BTD.at[:, P : P + vectors.shape[1]].set(vectors)
-        layout = Rows(jnp.ones(rows.shape, bool))
-        hidden_BD: Array = decoder.apply({"params": params}, x_BTD, layout, method=Decoder.decode)  # type: ignore[assignment]
-        return label_logits(hidden_BD, label_rows(params, config.label_token_ids))
-
-    return np.asarray(score(float32))
-
-
 def print_floor(shape: Workload, config: RankerConfig, ceilings: Ceilings) -> None:
     """Says what the device can do and what that means for this workload, before anything is measured."""
     least = floor(shape, config.model, ceilings)
     console().print(
         f"{shape.name}: {shape.items} items of {shape.item_tokens} tokens after {shape.prefix_tokens} shared ones,"
-        f" {least.flops / shape.items / 1e9:.3f} GFLOP an item\n"
+        f" {least.flops / shape.items / 1e9:.3f} GFLOP an item, {least.bytes / 1e6:,.0f} MB of traffic a request\n"
         f"{ceilings.device}, {ceilings.dtype}: {ceilings.flops_per_s / 1e9:.0f} GFLOP/s in a large product,"
         f" {ceilings.bytes_per_s / 1e9:.1f} GB/s in a copy\n"
         f"floor of a request: {least.compute_s * 1e3:.1f} ms of arithmetic, {least.traffic_s * 1e3:.1f} ms of memory"

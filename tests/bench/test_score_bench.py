@@ -1,23 +1,31 @@
 """The benchmark measures what it says: the same scores with and without each short cut, and all promised figures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxslm.bench import workloads
+from jaxslm.bench import score, workloads
+from jaxslm.bench.ablations import Cuts, PaddedRunner
 from jaxslm.bench.buckets import fit_buckets_to_file
 from jaxslm.bench.device import Ceilings, floor
-from jaxslm.bench.score import Cuts, Options, PaddedRunner, Runner, bench_score
+from jaxslm.bench.score import Options, Runner, bench_score
 from jaxslm.bench.workloads import MODELS, WORKLOADS, Workload, model_named, random_requests
 from jaxslm.config import BucketConfig, load_toml
 from jaxslm.errors import InputError
-from jaxslm.model.cost import count_parameters, linear_flops_per_token
+from jaxslm.model.cost import count_parameters, linear_flops_per_token, scoring_bytes
 from tests.tiny import tiny_checkpoint, tiny_config
 
 SMALL = Workload("small", 6, 5, 7)
 LATENT = Workload("latent", 6, 3, 7, vectors_per_item=2)
+
+
+@pytest.fixture
+def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings take seconds to measure."""
+    monkeypatch.setattr(score, "measure_ceilings", lambda dtype: Ceilings("a CPU", jnp.dtype(dtype).name, 1e11, 1e10))
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +52,14 @@ def test_short_cuts_change_no_score(shape: Workload) -> None:
     cuts: tuple[Cuts, ...] = ("head", "none")
     runners = [Runner(config, params, requests, Options(max_tokens=64, cuts=each)) for each in cuts]
     runners.append(Runner(config, params, requests, Options(max_tokens=64, sharing=False)))
+    runners.append(Runner(config, params, requests, Options(max_tokens=64, implementation="xla")))
     found = [runner() for runner in runners]
-    if not shape.vectors_per_item:
-        found.append(PaddedRunner(config, params, requests, 64)())
+    found += [PaddedRunner(config, params, requests, 64, cuts=each)() for each in ("all", *cuts)]
     for logits in found:
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_the_report_has_its_figures() -> None:
+def test_the_report_has_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
     result = bench_score("small", "tiny", repeats=2, options=Options(max_tokens=64))
     assert result["items_per_s_p5"] <= result["items_per_s"] <= result["items_per_s_p95"]
     assert result["max_abs_diff"] < 1e-5
@@ -59,6 +67,29 @@ def test_the_report_has_its_figures() -> None:
     assert (result["forwards"], result["tokens_per_forward"]) == (1, SMALL.tokens)
     assert 0 <= result["padding_fraction"] < 0.2
     assert {"workload", "model", "dtype", "device", "gflop_per_item", "mfu", "ceiling_tflops"} <= result.keys()
+    assert result["implementation"] is None
+    assert result["floor_bytes_per_request"] == scoring_bytes(tiny_config(), SMALL.tokens, 4)
+    assert "MB of traffic a request" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("known_ceilings")
+def test_the_report_says_which_short_cuts_were_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "warm_up", lambda scorer: 7.5)
+    options = Options(max_tokens=64, implementation="xla", cuts="head")
+    result = bench_score("latent", "tiny", repeats=1, options=options)
+    assert (result["implementation"], result["cuts"], result["padded"]) == ("xla", "head", False)
+    assert result["compile_s"] == 7.5
+    result = bench_score("latent", "tiny", repeats=1, options=replace(options, padded=True, cuts="none"))
+    assert (result["cuts"], result["padded"], result["fitted_buckets"]) == ("none", True, False)
+    assert result["max_abs_diff"] < 1e-5
+    assert result["compile_s"] > 0
+
+
+@pytest.mark.usefixtures("known_ceilings")
+def test_a_request_needs_no_prefix() -> None:
+    result = bench_score("latent", "tiny", prefix=0, repeats=1, options=Options(max_tokens=64))
+    assert result["max_abs_diff"] < 1e-5
+    assert result["prefix_tokens"] == 0
 
 
 def test_the_floor_is_the_cost_card_over_the_ceilings() -> None:
@@ -75,6 +106,16 @@ def test_the_floor_is_the_cost_card_over_the_ceilings() -> None:
 def test_unknown_names_are_refused(workload: str, model: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         bench_score(workload, model)
+
+
+@pytest.mark.usefixtures("known_ceilings")
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(InputError, match="--item-tokens 2: an item of latent is 2 vectors and at least one token"):
+        bench_score("latent", "tiny", item_tokens=2)
+    with pytest.raises(
+        InputError, match=r"--implementation mosaic_gpu: prefix_item_attention .* takes bfloat16, not float32"
+    ):
+        bench_score("small", "tiny", options=Options(max_tokens=64, implementation="mosaic_gpu"))
 
 
 def test_fitted_buckets_load_again(tmp_path: Path) -> None:
