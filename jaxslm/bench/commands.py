@@ -114,6 +114,7 @@ def bench_peers(
     items: Annotated[int | None, typer.Option(min=1, help="Items of a request, instead of the workload's.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Peers' batch sizes; by default 1 to 50.")] = None,
     torch_compile: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = True,
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="By default the device's.")] = None,
 ) -> None:
     """Measure the same workload and weights through transformers and torch, in turns with ours.
 
@@ -123,7 +124,16 @@ def bench_peers(
 
     batches = tuple(batch or (1, 5, 10, 25, 50))
     answer(
-        run(workload, model, peer_python, repeats=repeats, items=items, batches=batches, torch_compile=torch_compile)
+        run(
+            workload,
+            model,
+            peer_python,
+            dtype=dtype,
+            repeats=repeats,
+            items=items,
+            batches=batches,
+            torch_compile=torch_compile,
+        )
     )
 
 
@@ -146,10 +156,10 @@ def bench_fit_buckets(
     model: Annotated[Path, typer.Option("--model", help="A checkpoint folder.")],
     traffic: Annotated[Path, typer.Option("--input", help="Requests as `jaxslm score` reads them.")],
     out: NewPath,
-    count: Annotated[int, typer.Option(min=1, help="Most shapes to compile.")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="Most shapes for the sample; a few more take longer texts.")] = 8,
     max_tokens: Annotated[int, typer.Option(min=64, help="Most tokens of a forward pass.")] = 1024,
 ) -> None:
-    """Fit the compiled shapes to a sample of traffic.
+    """Fit the compiled shapes to a sample of traffic; what is longer than the sample still has a shape.
 
     Example: jaxslm bench fit-buckets --model smollm2 --input requests.jsonl --out buckets.toml
     """

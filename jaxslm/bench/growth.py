@@ -14,6 +14,7 @@ from jaxslm.atomic import new_folder
 from jaxslm.bench.score import timed
 from jaxslm.bench.workloads import Workload, model_named, random_requests
 from jaxslm.config import RankerConfig
+from jaxslm.errors import InputError
 from jaxslm.evaluate.figures import LIGHT, MARKERS, SERIES, Drawing, draw
 from jaxslm.evaluate.reliability import check_plot, write_plot
 from jaxslm.model.cost import scoring_flops
@@ -85,7 +86,7 @@ def bench_growth(
         repeats: timings of a point, fewer if it takes seconds.
 
     Raises:
-        InputError: an unknown model, `out` exists, or matplotlib is missing.
+        InputError: an unknown model, or one of fewer layers, `out` exists, or matplotlib is missing.
     """
     check_plot(out / "items.svg")
     with new_folder(out) as folder:
@@ -111,10 +112,17 @@ def bench_growth(
 
 
 def first_layers(config: RankerConfig, params: Params, layers: int) -> tuple[RankerConfig, Params]:
-    """Returns a model of uniform widths without its later layers."""
+    """Returns a model without its later layers; raises InputError if it has fewer."""
+    model = config.model
+    if layers > model.num_layers:
+        raise InputError(f"--layers {layers}: the model has {model.num_layers}")
     kept = {f"layers_{number}" for number in range(layers)}
     params = {name: leaf for name, leaf in params.items() if not name.startswith("layers_") or name in kept}
-    return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": layers})}), params
+    shorter: dict[str, Any] = {"num_layers": layers}
+    for name in ("num_kv_heads", "mlp_width"):
+        by_layer = getattr(model, name)
+        shorter[name] = by_layer[:layers] if isinstance(by_layer, tuple) else by_layer
+    return config.model_copy(update={"model": model.model_copy(update=shorter)}), params
 
 
 def _measured(scorer: CompiledScorer, curve: Curve, repeats: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -16,14 +17,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from jaxslm.bench.score import Options, Runner, timed
+from jaxslm.bench.ablations import reference_logits
+from jaxslm.bench.device import Ceilings, floor, measure_ceilings
+from jaxslm.bench.score import Options, Runner, figures, print_floor, timed
 from jaxslm.bench.workloads import model_named, random_requests, workload_named
 from jaxslm.config import RankerConfig
 from jaxslm.convert.export import classifier_tensors, hf_config, hf_tensors, write_hf_model
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.progress import console
-from jaxslm.score.parallel import device_name
+from jaxslm.score.compiled import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,15 @@ def bench_peers(
     model: str,
     peer_python: str,
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     repeats: int = 5,
     items: int | None = None,
     batches: tuple[int, ...] = (1, 5, 10, 25, 50),
     threads: int | None = None,
     torch_compile: bool = True,
+    ceilings: Ceilings | None = None,
 ) -> dict[str, Any]:
-    """Measures ours and transformers in turns; returns the JSON object of the command line.
+    """Prints the floor, measures ours and transformers in turns; returns the JSON object of the command line.
 
     First every way of calling transformers, and the CrossEncoder of sentence-transformers, runs once at each batch
     size, which warms it up and picks its best batch.
@@ -111,17 +115,22 @@ def bench_peers(
 
     Args:
         workload, model: as `bench_score`; a workload without vectors. peer_python: an interpreter with torch.
+        dtype: "float32" or "bfloat16", of ours and the peers; by default the platform's.
         threads: torch's threads; its own default if None.
+        ceilings: of this device and dtype; measured if None.
 
     Raises:
-        InputError: an unknown name, a workload with vectors, or an interpreter without torch and transformers.
+        InputError: an unknown name, a workload with vectors, or no interpreter with torch and transformers.
     """
     shape = workload_named(workload)
     shape = replace(shape, items=items or shape.items)
     if shape.vectors_per_item:
         raise InputError(f"--workload {workload}: peers read text; choose one without vectors")
-    used = jnp.dtype(dtype)
+    check_python(peer_python)
+    used = jnp.dtype(dtype or compute_dtype())
     config, params = model_named(model, used)
+    ceilings = ceilings or measure_ceilings(used)
+    print_floor(shape, config, ceilings)
     (request,) = random_requests(shape, config.model, 1)
     rows = np.array([[*request.prefix_ids, *item] for item in request.item_ids], np.int64)
     ours = Runner(config, params, [request], Options(max_tokens=1024 if jax.default_backend() == "cpu" else 16384))
@@ -137,7 +146,7 @@ def bench_peers(
             "folder": str(folder / "model"),
             "classifier": str(folder / "classifier"),
             "threads": threads,
-            "dtype": dtype,
+            "dtype": used.name,
         }
         peer = Peer(peer_python, setup)
         try:
@@ -146,7 +155,32 @@ def bench_peers(
             agreement = _agreement(peer, best, folder, logits)
         finally:
             peer.close()
-    return _result(workload, model, dtype, shape.items, seconds, agreement, failed, peer.about)
+    rows = _rows(shape.items, seconds, agreement)
+    reference = reference_logits(config, params, request)
+    rates = shape.items / np.array(seconds["jaxslm"])
+    return {
+        "workload": workload,
+        "model": model,
+        **figures(rates, floor(shape, config.model, ceilings), shape.items, ceilings, ours.shape()),
+        "max_abs_diff": float(np.abs(logits[: len(reference)] - reference).max()),
+        "rows": rows,
+        "not_measured": failed,
+        "versions": peer.about["versions"] | {"jax": jax.__version__},
+        "peer_device": peer.about["device"],
+    }
+
+
+def check_python(python: str) -> None:
+    """Raises InputError unless `python` is an interpreter that finds torch and transformers; imports neither."""
+    if shutil.which(python) is None:
+        raise InputError(f"--peer-python {python}: no such program")
+    missing = "import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ('torch', 'transformers')))"
+    try:
+        found = subprocess.run([python, "-c", missing], capture_output=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        raise InputError(f"--peer-python {python}: is no Python interpreter") from None
+    if found.returncode:
+        raise InputError(f"--peer-python {python}: that interpreter cannot import torch and transformers")
 
 
 def _write_models(folder: Path, config: RankerConfig, params: Params, rows: np.ndarray) -> None:
@@ -222,17 +256,8 @@ def _agreement(peer: Peer, settings: list[Setting], folder: Path, logits: np.nda
     return found
 
 
-def _result(
-    workload: str,
-    model: str,
-    dtype: str,
-    items: int,
-    seconds: dict[str, list[float]],
-    agreement: dict[str, float],
-    failed: dict[str, str],
-    about: dict[str, Any],
-) -> dict[str, Any]:
-    ours = float(np.median(seconds["jaxslm"]))
+def _rows(items: int, seconds: dict[str, list[float]], agreement: dict[str, float]) -> list[dict[str, Any]]:
+    """Prints and returns the figures of ours and of each setting."""
     rows = []
     for name, taken in seconds.items():
         rates = items / np.array(taken)
@@ -253,14 +278,4 @@ def _result(
             f" logits differ by {rows[-1]['max_abs_diff']:.1e}: {name}",
             soft_wrap=True,
         )
-    return {
-        "workload": workload,
-        "model": model,
-        "dtype": dtype,
-        "device": device_name(),
-        "items_per_s": items / ours,
-        "rows": rows,
-        "not_measured": failed,
-        "versions": about["versions"] | {"jax": jax.__version__},
-        "peer_device": about["device"],
-    }
+    return rows

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxslm.bench.ablations import Cuts, PaddedRunner, reference_logits, uncut_score_fn
-from jaxslm.bench.device import Ceilings, floor, measure_ceilings
+from jaxslm.bench.device import Ceilings, Floor, floor, measure_ceilings
 from jaxslm.bench.workloads import Workload, model_named, random_requests, workload_named
 from jaxslm.config import BucketConfig, RankerConfig
 from jaxslm.errors import InputError
@@ -112,23 +112,8 @@ def measure(
     compiled = compilations() - before
     rates = options.requests * shape.items / seconds
     least = floor(shape, config.model, ceilings, shared=options.sharing and not options.padded)
-    flops = least.flops / shape.items
-    passes, places, real = run.shape()
     reference = reference_logits(config, params, requests[0])
-    return {
-        "dtype": ceilings.dtype,
-        "device": ceilings.device,
-        "items_per_s": float(np.median(rates)),
-        "items_per_s_p5": float(np.quantile(rates, 0.05)),
-        "items_per_s_p95": float(np.quantile(rates, 0.95)),
-        "tokens_per_forward": real / passes,
-        "forwards": passes,
-        "padding_fraction": 1 - real / places,
-        "gflop_per_item": flops / 1e9,
-        "floor_bytes_per_request": least.bytes,
-        "mfu": float(np.median(rates)) * flops / ceilings.flops_per_s,
-        "ceiling_tflops": ceilings.flops_per_s / 1e12,
-        "ceiling_gb_per_s": ceilings.bytes_per_s / 1e9,
+    return figures(rates, least, shape.items, ceilings, run.shape()) | {
         "max_abs_diff": float(np.abs(logits[: len(reference)] - reference).max()),
         "compile_s": run.compile_s,
         "compilations_while_measuring": compiled,
@@ -143,6 +128,33 @@ def measure(
         "fitted_buckets": options.fitted and not options.padded,
         "implementation": options.implementation,
         "jax": jax.__version__,
+    }
+
+
+def figures(
+    rates: np.ndarray, least: Floor, items: int, ceilings: Ceilings, shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Returns what every benchmark of scoring reports of a workload whose timings came to `rates` items/s.
+
+    Args:
+        least: the floor of a request. items: of a request. shape: as `Runner.shape` returns it.
+    """
+    passes, places, real = shape
+    flops, rate = least.flops / items, float(np.median(rates))
+    return {
+        "dtype": ceilings.dtype,
+        "device": ceilings.device,
+        "items_per_s": rate,
+        "items_per_s_p5": float(np.quantile(rates, 0.05)),
+        "items_per_s_p95": float(np.quantile(rates, 0.95)),
+        "tokens_per_forward": real / passes,
+        "forwards": passes,
+        "padding_fraction": 1 - real / places,
+        "gflop_per_item": flops / 1e9,
+        "floor_bytes_per_request": least.bytes,
+        "mfu": rate * flops / ceilings.flops_per_s,
+        "ceiling_tflops": ceilings.flops_per_s / 1e12,
+        "ceiling_gb_per_s": ceilings.bytes_per_s / 1e9,
     }
 
 

@@ -1,12 +1,17 @@
 """The peer's process answers with the same logits, turn by turn; what cannot run is said, not raised."""
 
+import json
 import sys
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from jaxslm.bench import workloads
-from jaxslm.bench.peers import bench_peers
+from jaxslm.bench import peers, workloads
+from jaxslm.bench.device import Ceilings
+from jaxslm.bench.peers import Setting, bench_peers
 from jaxslm.bench.workloads import Workload
 from jaxslm.errors import InputError
 from tests.tiny import tiny_config
@@ -33,10 +38,60 @@ def test_torch_peers_give_the_same_logits() -> None:
     assert not reasons or (not cross_encoder and all("sentence_transformers" in reason for reason in reasons))
 
 
+class FakePeer(peers.Peer):
+    """Answers at once, with logits of zero."""
+
+    def __init__(self, python: str, setup: dict[str, Any]) -> None:
+        self.about = {"versions": {"torch": "2"}, "device": "cpu", "setup": setup}
+        self.rows = len(np.load(setup["rows"]))
+        asked.append(setup["dtype"])
+
+    def run(self, setting: Setting, save: Path | None = None) -> float | str:
+        if save is not None:
+            np.save(save, np.zeros(self.rows if setting.cross_encoder else (self.rows, 2)))
+        return 0.5
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+asked: list[str] = []
+"""The dtype that each peer was told."""
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_the_report_has_the_keys_of_all_benchmarks_after_the_floor(
+    dtype: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers, "Peer", FakePeer)
+    monkeypatch.setattr(peers, "check_python", lambda python: None)
+    name = dtype or "float32"
+    ceilings = Ceilings("a CPU", name, 1e11, 1e10)
+    result = bench_peers("small", "tiny", "python", dtype=dtype, repeats=2, batches=(7,), ceilings=ceilings)
+    assert (result["workload"], result["model"], result["dtype"], result["device"]) == ("small", "tiny", name, "a CPU")
+    assert result["ceiling_tflops"] == 0.1
+    assert result["tokens_per_forward"] == 6 + 7 * 5
+    assert 0 <= result["padding_fraction"] < 0.2
+    assert 0 < result["mfu"] == pytest.approx(result["items_per_s"] * result["gflop_per_item"] / 100)
+    assert result["max_abs_diff"] < (1e-5 if dtype is None else 0.05)
+    assert asked[-1] == name
+    json.dumps(result)
+    assert capsys.readouterr().err.startswith("small: 7 items of 5 tokens after 6 shared ones")
+
+
 @pytest.mark.parametrize(
     ("workload", "python", "message"),
-    [("latent_8", sys.executable, "peers read text"), ("small", "false", "cannot import torch and transformers")],
+    [
+        ("latent_8", sys.executable, "peers read text"),
+        ("small", "false", "cannot import torch and transformers"),
+        ("small", "/no/such/python", "--peer-python /no/such/python: no such program"),
+        ("small", __file__, "no such program"),
+    ],
 )
-def test_what_cannot_be_compared_is_refused(workload: str, python: str, message: str) -> None:
+def test_what_cannot_be_compared_is_refused(
+    workload: str, python: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a model is made."""
+    monkeypatch.setattr(peers, "model_named", lambda *_: pytest.fail("a model was made"))
     with pytest.raises(InputError, match=message):
         bench_peers(workload, "tiny", python)
