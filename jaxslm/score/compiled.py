@@ -55,14 +55,15 @@ def make_score_fn(
 
     Args:
         devices: with n > 1 of them, every array of the batch and the logits have a leading axis [n], one part for each
-            device, and the parameters must be on all of them (`jaxslm.score.parallel.replicate`). One device if None.
+            device, and the parameters must be on all of them (`jaxslm.score.parallel.replicate`). All local
+            accelerators if None; on a CPU one device, which uses all cores.
         dtype: compute dtype; `compute_dtype()` if None.
         implementation: of the ops that have kernels: "xla", "mosaic_gpu", or None for the fastest one measured on this
             device (`pallas_kernels.dispatch.explain` says which). Tracing raises ValueError if it cannot run.
         with_states: returns `(logits, states)`: beside the logits the final states [R, J, D] or [B, D] that they are
             read from, in the compute dtype; what `make_log_prob_fn` takes.
     """
-    used = tuple(devices) if devices is not None else tuple(jax.local_devices()[:1])
+    used = tuple(scoring_devices(devices))
     return _make_score_fn(config, used, jnp.dtype(dtype or compute_dtype()), implementation, with_states)
 
 
@@ -138,7 +139,7 @@ class CompiledScorer:
             dtype, implementation: as in `make_score_fn`.
         """
         self.config = config
-        self.devices = tuple(devices) if devices is not None else tuple(scoring_devices())
+        self.devices = tuple(scoring_devices(devices))
         self.dtype = jnp.dtype(dtype or compute_dtype())
         self.buckets = buckets or default_buckets(self.devices[0].platform)
         self.params: Params = replicate(jax.tree.map(lambda leaf: leaf.astype(self.dtype), params), self.devices)

@@ -14,13 +14,23 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxslm.errors import InputError
+
 REPLICAS = "replicas"
 
 
-def scoring_devices() -> list[jax.Device]:
-    """Returns the devices to score on: all local accelerators, or the one CPU device that uses all cores."""
-    devices = jax.local_devices()
-    return devices[:1] if devices[0].platform == "cpu" else devices
+def scoring_devices(devices: Sequence[jax.Device] | None = None) -> list[jax.Device]:
+    """Returns the devices to score on: those given, else all local accelerators, or the one CPU device of all cores.
+
+    Raises:
+        InputError: an empty sequence.
+    """
+    if devices is None:
+        local = jax.local_devices()
+        return local[:1] if local[0].platform == "cpu" else local
+    if len(devices) == 0:
+        raise InputError("devices: at least one is needed; None takes all local accelerators")
+    return list(devices)
 
 
 def device_name() -> str:

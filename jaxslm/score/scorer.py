@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxslm.score.buckets import default_buckets, with_vectors
 from jaxslm.score.compiled import CompiledScorer, compute_dtype, make_score_fn
 from jaxslm.score.compressed import VectorRequest, Vectors, VectorScorer
 from jaxslm.score.packing import PackRequest
+from jaxslm.score.parallel import scoring_devices
 from jaxslm.score.warmup import warm_up
 
 __all__ = ["Ranker", "Scores", "VectorRequest", "compute_dtype", "load", "make_score_fn"]
@@ -68,9 +70,10 @@ class Ranker:
         self.config = checkpoint.config
         self.prompt = checkpoint.prompt
         compressor = self.manifest.compressor
-        if buckets is None and compressor is not None:
-            platform = devices[0].platform if devices else jax.default_backend()
-            buckets = with_vectors(default_buckets(platform), platform, compressor)
+        if compressor is not None:
+            platform = scoring_devices(devices)[0].platform
+            shapes = buckets or default_buckets(platform)
+            buckets = with_vectors(shapes, platform, compressor, self.config.prompt.max_tokens)
         self.scorer = CompiledScorer(self.config, checkpoint.params, dtype=dtype, devices=devices, buckets=buckets)
         self.vector_scorer = VectorScorer(self.scorer, self.prompt, compressor) if compressor is not None else None
 
@@ -113,7 +116,9 @@ class Ranker:
         return self.score_many([request])[0]
 
     def score_many(self, requests: Sequence[EncodedRequest]) -> list[Scores]:
-        """Returns the scores of several encoded requests, which share forward passes."""
+        """Returns the scores of several encoded requests, which share forward passes; none for none."""
+        if not requests:
+            return []
         logits = self.scorer.logits([PackRequest(request.prefix_ids, request.item_ids) for request in requests])
         ends = np.cumsum([len(request.item_ids) for request in requests])
         parts = np.split(logits, ends[:-1])
@@ -139,27 +144,44 @@ class Ranker:
         calibration = self.manifest.calibration
         return [Scores(logits, [False] * len(logits), calibration) for logits in self.vector_scorer.logits(requests)]
 
-    def label_logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    def label_logits(self, rows: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Returns the last token's logits of (no, yes) for rows of token ids, float32 [rows, 2]; adds no template.
 
+        Args:
+            rows: each a sequence or array of whole numbers; lengths may differ.
+
         Raises:
-            InputError: no rows, an empty or too long row, or an id outside the vocabulary.
+            InputError: no rows, a row of something else, an empty or too long row, or an id outside the vocabulary.
         """
-        if not rows:
+        if len(rows) == 0:
             raise InputError("rows: at least one is needed")
         vocab_size, longest = self.config.model.vocab_size, self.scorer.packer.longest_item
+        checked = []
         for number, row in enumerate(rows):
-            if len(row) == 0:
-                raise InputError(f"row {number}: has no tokens")
-            if len(row) > longest:
-                raise InputError(f"row of {len(row)} tokens: the longest that is compiled for is {longest}")
-            if min(row) < 0 or max(row) >= vocab_size:
+            ids = _token_ids(number, row)
+            if len(ids) > longest:
+                raise InputError(f"row of {len(ids)} tokens: the longest that is compiled for is {longest}")
+            if ids.min() < 0 or ids.max() >= vocab_size:
                 raise InputError(f"row {number}: a token id is outside 0..{vocab_size - 1}")
-        return self.scorer.logits([PackRequest([], rows)])
+            checked.append(ids.tolist())
+        return self.scorer.logits([PackRequest([], checked)])
 
     def warm_up(self, done: Callable[[int, int], None] | None = None) -> float:
         """Compiles every bucket, so that no request waits for it; see `jaxslm.score.warmup.warm_up`."""
         return warm_up(self.scorer, done)
+
+
+def _token_ids(number: int, row: Any) -> np.ndarray:
+    """Returns a row as an array; raises InputError unless it is a sequence of whole numbers, at least one."""
+    try:
+        ids = np.asarray(row)
+    except ValueError:  # parts of unequal lengths
+        ids = np.asarray(None)
+    if ids.ndim == 1 and len(ids) == 0:
+        raise InputError(f"row {number}: has no tokens")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InputError(f"row {number}: must be a sequence of token ids, whole numbers")
+    return ids
 
 
 def load(
@@ -173,9 +195,10 @@ def load(
     Args:
         dtype: compute dtype; float32 on CPU and bfloat16 elsewhere if None.
         devices: where to score; all local accelerators, or the CPU, if None.
-        buckets: the shapes to compile, fitted to the traffic; those of `default_buckets` if None.
+        buckets: the shapes to compile, fitted to the traffic; those of `default_buckets` if None. Shapes for embedding
+            tokens are added where they have none and the checkpoint reads them.
 
     Raises:
-        InputError: no checkpoint there, another format version, or a damaged one.
+        InputError: no checkpoint there, another format version, a damaged one, or an empty list of devices.
     """
     return Ranker(load_checkpoint(Path(path)), dtype, devices, buckets)

@@ -103,7 +103,8 @@ def abstract_batch(bucket: Bucket, width: int, dtype: DTypeLike = jnp.float32) -
 def compile_ahead(config: RankerConfig, bucket: Bucket, dtype: DTypeLike) -> jax.stages.Compiled:
     """Returns the bucket's program compiled for the first local device, without any weights in memory."""
     params = abstract_params(config.model, jnp.dtype(dtype))
-    return make_score_fn(config, dtype=dtype).lower(params, abstract_batch(bucket, config.model.width, dtype)).compile()
+    score_fn = make_score_fn(config, jax.local_devices()[:1], dtype)
+    return score_fn.lower(params, abstract_batch(bucket, config.model.width, dtype)).compile()
 
 
 def export_score_fn(config: RankerConfig, bucket: Bucket, dtype: DTypeLike, platforms: tuple[str, ...]) -> bytes:
@@ -113,7 +114,8 @@ def export_score_fn(config: RankerConfig, bucket: Bucket, dtype: DTypeLike, plat
     loaded, by a jax release of about half a year before or after.
     """
     params = abstract_params(config.model, jnp.dtype(dtype))
-    exported = jax_export.export(make_score_fn(config, dtype=dtype), platforms=platforms)(
+    score_fn = make_score_fn(config, jax.local_devices()[:1], dtype)
+    exported = jax_export.export(score_fn, platforms=platforms)(
         params, abstract_batch(bucket, config.model.width, dtype)
     )
     return bytes(exported.serialize())

@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,12 @@ def test_label_logits_of_ragged_rows(ranker: Ranker) -> None:
     np.testing.assert_allclose(ranker.label_logits(rows[::-1])[::-1], found, rtol=0, atol=1e-5)
 
 
+def test_rows_may_be_arrays(ranker: Ranker) -> None:
+    expected = ranker.label_logits([[1, 2], [3, 4]])
+    np.testing.assert_array_equal(ranker.label_logits(np.array([[1, 2], [3, 4]])), expected)
+    np.testing.assert_array_equal(ranker.label_logits([np.array([1, 2], np.int32), (3, 4)]), expected)
+
+
 def test_scores_are_the_prompts_rows(ranker: Ranker) -> None:
     """P(yes) is the sigmoid of the log-odds after the last token of prefix + item, in the order of the items."""
     items: list[str | Item] = ["We need a developer.", Item(id="b", title="Nurse", text="Care for people."), "x"]
@@ -152,8 +159,14 @@ def test_bfloat16_keeps_the_scores(tmp_path: Path, ranker: Ranker) -> None:
         ([[1], [2, VOCAB_SIZE]], f"row 1: a token id is outside 0..{VOCAB_SIZE - 1}"),
         ([[-1]], "row 0: a token id is outside"),
         ([[1] * 8193], "row of 8193 tokens: the longest"),
+        ([[1], ["a"]], "row 1: must be a sequence of token ids, whole numbers"),
+        ([[1.5, 2]], "row 0: must be a sequence of token ids"),
+        ([[1, [2]]], "row 0: must be a sequence of token ids"),
+        (["yes"], "row 0: must be a sequence of token ids"),
+        (np.zeros((0, 4), int), "rows: at least one"),
+        (np.ones((2, 2)), "row 0: must be a sequence of token ids"),
     ],
 )
-def test_unusable_rows_are_refused(ranker: Ranker, rows: list[list[int]], message: str) -> None:
+def test_unusable_rows_are_refused(ranker: Ranker, rows: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ranker.label_logits(rows)

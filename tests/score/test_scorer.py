@@ -10,6 +10,7 @@ import pytest
 from jax import export
 
 from jaxslm.config import Bucket, BucketConfig
+from jaxslm.errors import InputError
 from jaxslm.model.layout import LONG_PREFIX
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
 from jaxslm.score.packing import Packer, PackRequest
@@ -65,6 +66,18 @@ def test_requests_scored_together_equal_those_scored_alone(ranker: Ranker) -> No
     together = ranker.score_many(encoded)
     for request, scores in zip(encoded, together, strict=True):
         np.testing.assert_allclose(scores.logits, ranker.score_encoded(request).logits, rtol=0, atol=1e-5)
+
+
+def test_no_requests_have_no_scores(ranker: Ranker) -> None:
+    assert ranker.score_many([]) == []
+
+
+def test_there_is_a_device(ranker: Ranker, tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path / "ckpt", CONFIG.model)
+    with pytest.raises(InputError, match="devices: at least one is needed"):
+        load(path, devices=[])
+    with pytest.raises(InputError, match="devices: at least one is needed"):
+        make_score_fn(CONFIG, devices=[])
 
 
 def small_batch() -> dict[str, np.ndarray]:
