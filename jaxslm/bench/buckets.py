@@ -10,7 +10,7 @@ from jaxslm.checkpoint import load_checkpoint
 from jaxslm.config import BucketConfig
 from jaxslm.data_files import Request, read_records
 from jaxslm.errors import InputError
-from jaxslm.score.buckets import default_buckets, fit_buckets
+from jaxslm.score.buckets import default_buckets, fit_buckets, with_longer
 from jaxslm.score.packing import Packer, PackRequest
 
 
@@ -19,9 +19,11 @@ def fit_buckets_to_file(
 ) -> dict[str, Any]:
     """Writes buckets fitted to the requests of a file as TOML; returns their padding beside that of the defaults.
 
+    A few more hold what is longer than anything in the sample, up to the prompt's `max_tokens`.
+
     Args:
         model: the checkpoint whose tokenizer and prompt make the token lengths. traffic: as `jaxslm score --input`.
-        count: most buckets. max_tokens: largest forward pass. limit: how many requests of the file are used.
+        count: most fitted buckets. max_tokens: largest forward pass. limit: how many requests of the file are used.
 
     Raises:
         InputError: `out` exists, or the checkpoint or the traffic breaks a rule.
@@ -36,14 +38,16 @@ def fit_buckets_to_file(
             break
     if not requests:
         raise InputError(f"{traffic}: no requests")
-    fitted = fit_buckets([[request] for request in requests], count, max_tokens)
+    sample = fit_buckets([[request] for request in requests], count, max_tokens)
+    fitted = with_longer(sample, prompt.config.max_tokens, max_tokens)
     with new_file(out) as staging:
-        comment = f"Fitted to {traffic.name} by `jaxslm bench fit-buckets`."
+        comment = f"Fitted to {traffic.name} by `jaxslm bench fit-buckets`; the last ones hold what is longer."
         staging.write_text(buckets_toml(fitted, comment), encoding="utf-8")
     default = default_buckets(jax.default_backend())
     return {
         "out": str(out),
         "buckets": len(fitted.buckets),
+        "fitted_to_sample": len(sample.buckets),
         "requests": len(requests),
         "padding_fraction": _padding(requests, fitted),
         "padding_fraction_of_defaults": _padding(requests, default),

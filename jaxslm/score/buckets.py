@@ -11,7 +11,11 @@ from jaxslm.score.packing import Packer, PackRequest
 ITEM_EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Item lengths of the default buckets. Only attention sees the padding up to them."""
 
-PREFIX_EDGES = (64, 256, 1024)
+PREFIX_EDGES = (64, 256, 1024, 2048)
+"""Prefixes of the default buckets, up to the longest row of a prompt by default."""
+
+LONG_PASS_ITEMS = 1024
+"""Tokens of items in a pass whose prefix alone is longer than most passes."""
 
 SLOT_TOKENS = 64
 """Items of fewer tokens share rows of about this many, or half the prefix if that is more: products with the prefix are
@@ -37,7 +41,7 @@ def make_bucket(tokens: int, prefix: int, item: int, shortest: int, vectors_per_
 
 
 def default_buckets(platform: str) -> BucketConfig:
-    """Returns shapes for any traffic: items up to 8192 tokens, prefixes up to 1024.
+    """Returns shapes for any traffic: items up to 8192 tokens, prefixes up to 2048 (behind them items up to 1024).
 
     On a CPU passes of about a thousand tokens are fastest (their states stay in cache); a GPU wants many more.
 
@@ -50,25 +54,31 @@ def default_buckets(platform: str) -> BucketConfig:
         for prefix in PREFIX_EDGES:
             fitting = [size for size in sizes if size >= item + prefix] or [item + prefix]
             # Long prefixes and long items are rare: fewer sizes. Long items fill a larger pass better.
-            if item > sizes[-1] // 4 or prefix == PREFIX_EDGES[-1]:
+            if prefix > 1024:
+                if item > 1024:
+                    continue  # longer than a prompt makes rows by default: such a prefix joins the item
+                fitting = [max(sizes[-1], prefix + LONG_PASS_ITEMS, prefix + item)]
+            elif item > sizes[-1] // 4 or prefix == 1024:
                 fitting = sorted({fitting[-1], max(fitting[-1], 2 * sizes[-1])})
             buckets += [make_bucket(size, prefix, item, shorter) for size in fitting]
     return BucketConfig(buckets=tuple(buckets), overhead_tokens=32 if platform == "cpu" else 512)
 
 
-def with_vectors(config: BucketConfig, platform: str, compressor: CompressorConfig) -> BucketConfig:
-    """Returns the configuration with shapes for items of embedding tokens added, for each k of the compressor.
+def with_vectors(config: BucketConfig, platform: str, compressor: CompressorConfig, longest_row: int) -> BucketConfig:
+    """Returns the configuration with shapes for items of embedding tokens, for each k of the compressor that has none.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
+        longest_row: the prompt's `max_tokens`: a prefix cannot join its items here, so one of any length needs a shape.
     """
     sizes = (128, 256, 512, 1024) if platform == "cpu" else (512, 2048, 8192)
+    edges = [*(edge for edge in PREFIX_EDGES if edge < longest_row), longest_row]
     buckets = list(config.buckets)
-    for k in compressor.ks:
+    for k in sorted(set(compressor.ks) - {bucket.vectors_per_item for bucket in buckets}):
         shortest = k + compressor.answer_tokens
         item = shortest + compressor.max_text_tokens
-        for prefix in PREFIX_EDGES:
-            fitting = [size for size in sizes if size >= item + prefix] or [item + prefix]
+        for prefix in edges:
+            fitting = [size for size in sizes if size >= item + prefix] or [prefix + max(item, LONG_PASS_ITEMS)]
             buckets += [make_bucket(size, prefix, item, shortest, vectors_per_item=k) for size in fitting]
     return config.model_copy(update={"buckets": tuple(buckets)})
 
@@ -109,6 +119,36 @@ def fit_buckets(
         best = costs[lowest]
         chosen.append(remaining.pop(lowest))
     return BucketConfig(buckets=_used(traffic, chosen, overhead_tokens), overhead_tokens=overhead_tokens)
+
+
+def with_longer(config: BucketConfig, longest_row: int, max_tokens: int) -> BucketConfig:
+    """Returns the configuration with shapes for texts that are longer than the sample it was fitted to.
+
+    Items get edges at twice, four times, ... the longest, up to a whole row; prefixes at four times, 16 times, ... A
+    long prefix in front of a long item has no shape: it joins the item (`Packer`).
+
+    Args:
+        longest_row: the prompt's `max_tokens`. max_tokens: size of a forward pass, unless one row needs more.
+    """
+    longest = max(config.buckets, key=lambda bucket: bucket.item_tokens)
+    item, prefix = longest.item_tokens, longest.prefix_tokens
+    items = [
+        make_bucket(max(max_tokens, min(prefix + edge, longest_row)), prefix, edge, shorter)
+        for shorter, edge in pairwise(_steps(item, 2, longest_row))
+    ]
+    prefixes = [
+        make_bucket(max(max_tokens, edge + LONG_PASS_ITEMS, edge + item), edge, item, item)
+        for edge in _steps(prefix, 4, longest_row)[1:]
+    ]
+    return config.model_copy(update={"buckets": (*config.buckets, *items, *prefixes)})
+
+
+def _steps(start: int, factor: int, end: int) -> list[int]:
+    """start, start * factor, ... and `end` last; `start` alone if that is no less."""
+    steps = [start]
+    while steps[-1] < end:
+        steps.append(min(steps[-1] * factor, end))
+    return steps
 
 
 def _cost(traffic: Sequence[Sequence[PackRequest]], buckets: Sequence[Bucket], overhead_tokens: int) -> float:

@@ -128,8 +128,8 @@ class Packer:
 
     @property
     def longest_item(self) -> int:
-        """The most tokens that an item may have."""
-        return int(self._item_edges[-1])
+        """The most tokens that an item of text may have; 0 if all buckets are for vectors."""
+        return max((bucket.item_tokens for bucket in self.config.buckets if _takes(bucket, 0, 0)), default=0)
 
     def pack(self, requests: Sequence[PackRequest], replicas: int = 1) -> Iterator[list[Forward]]:
         """Yields forward passes that together hold every item once, in groups of up to `replicas` of one bucket.
@@ -145,7 +145,13 @@ class Packer:
         classes = np.searchsorted(self._item_edges, work.lengths)
         order = np.lexsort((work.request_of_item, -classes))
         while len(order):
-            bucket, counts = self._choose(work, order, replicas)
+            choice = self._choose(work, order, replicas)
+            if choice is None:
+                number = int(work.request_of_item[order[0]])
+                row = int(work.lengths[order[0]] + work.prefix_lengths[number])
+                prefix = len(requests[number].prefix_ids)
+                raise InputError(self._too_large(row - prefix, prefix, work.kind, work.vectors_per_item))
+            bucket, counts = choice
             group = []
             for count in counts:
                 group.append(_fill(work, order[:count], bucket))
@@ -153,9 +159,10 @@ class Packer:
             yield group
 
     def _joined(self, request: PackRequest) -> PackRequest:
-        """The request as it is, or with a prefix that no bucket holds as part of every item: exact, but not shared."""
-        length, places = len(request.prefix_ids), request.vector_places
-        if length <= self._prefix_edges[-1] or (request.vectors is not None and places is None):
+        """The request as it is, or if no bucket holds prefix and items, with the one in each of the others: exact."""
+        longest, length, places = max(map(len, request.item_ids), default=0), len(request.prefix_ids), request.vector_places
+        fixed = request.vectors is not None and places is None
+        if fixed or self._holding(longest, length, request.kind, request.vectors_per_item):
             return request
         return replace(
             request,
@@ -174,8 +181,11 @@ class Packer:
         real = sum(forward.real_tokens for forward in forwards)
         return 1.0 - real / sum(forward.bucket.tokens for forward in forwards)
 
-    def _choose(self, work: "_Work", order: Int[np.ndarray, " left"], replicas: int) -> tuple[Bucket, list[int]]:
-        """Returns the bucket with the most item tokens per cost for the next items, and how many go into each copy."""
+    def _choose(self, work: "_Work", order: Int[np.ndarray, " left"], replicas: int) -> tuple[Bucket, list[int]] | None:
+        """Returns the bucket with the most item tokens per cost for the next items, and how many go into each copy.
+
+        None if no bucket holds the first of them.
+        """
         length, prefix = int(work.lengths[order[0]]), int(work.prefix_lengths[work.request_of_item[order[0]]])
         best: tuple[float, Bucket, list[int]] | None = None
         windows = {0: _Window.of(work, order)}
@@ -193,16 +203,20 @@ class Packer:
             value = float(work.lengths[order[:start]].sum()) / self._cost[bucket]
             if counts and (best is None or value > best[0]):
                 best = value, bucket, counts
-        if best is None:
-            raise InputError(self._too_large(length, prefix, work.kind, work.vectors_per_item))
-        return best[1], best[2]
+        return None if best is None else best[1:]
 
     def _too_large(self, length: int, prefix: int, kind: int, vectors: int) -> str:
         """Says what no bucket holds, and what the buckets of its kind do."""
         like = [bucket for bucket in self.config.buckets if _takes(bucket, kind, vectors)]
         what = {0: "", OVERRIDES: f" with {vectors} overrides"}.get(kind, f" with {vectors} vectors")
         rooms = [min(each.item_tokens, each.tokens - prefix) for each in like if each.prefix_tokens >= prefix]
-        most = f"an item{what} after such a prefix may have {max(rooms)} tokens" if rooms else "none has such a prefix"
+        if rooms:
+            most = f"an item{what} after such a prefix may have {max(rooms)} tokens"
+        elif like and kind in (0, OVERRIDES):
+            longest = max(bucket.item_tokens for bucket in like)
+            most = f"such a prefix counts as part of each item, which may have {longest} tokens"
+        else:
+            most = "none has such a prefix"
         return f"item of {length} tokens{what} after a prefix of {prefix}: no bucket holds it" + (
             f" ({most})" if like else f" (none is for items{what})"
         )

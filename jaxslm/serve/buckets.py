@@ -28,7 +28,9 @@ def serving_buckets(config: RankerConfig, platform: str, compressor: CompressorC
         shapes += [(k + behind, k + compressor.answer_tokens, k) for k in compressor.ks]
     buckets = []
     for item, shortest, k in shapes:
-        for prefix in PREFIX_EDGES:
+        # A long query joins its items where they are text; where they are vectors it needs a shape.
+        edges = (*PREFIX_EDGES, longest) if k and longest > PREFIX_EDGES[-1] else PREFIX_EDGES
+        for prefix in edges:
             fitting = [size for size in sizes if size >= item + prefix] or [item + prefix]
             buckets += [make_bucket(size, prefix, item, shortest, k) for size in fitting]
     most = max(item for item, _, _ in shapes)

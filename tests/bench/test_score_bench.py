@@ -16,6 +16,7 @@ from jaxslm.bench.workloads import MODELS, WORKLOADS, Workload, model_named, ran
 from jaxslm.config import BucketConfig, load_toml
 from jaxslm.errors import InputError
 from jaxslm.model.cost import count_parameters, linear_flops_per_token, scoring_bytes
+from jaxslm.score.scorer import load
 from tests.tiny import tiny_checkpoint, tiny_config
 
 SMALL = Workload("small", 6, 5, 7)
@@ -124,10 +125,15 @@ def test_fitted_buckets_load_again(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "ckpt", tiny_config())
     result = fit_buckets_to_file(checkpoint, traffic, tmp_path / "buckets.toml", count=3, max_tokens=512)
     config = load_toml(tmp_path / "buckets.toml", BucketConfig)
-    assert 1 <= len(config.buckets) == result["buckets"] <= 3
+    assert 1 <= result["fitted_to_sample"] <= 3
+    assert result["fitted_to_sample"] < len(config.buckets) == result["buckets"]
     assert result["cost_against_defaults"] < 1
     with pytest.raises(InputError, match="exists"):
         fit_buckets_to_file(checkpoint, traffic, tmp_path / "buckets.toml")
+    ranker = load(checkpoint, buckets=config)
+    query, texts = "python " * 300, ["a job", "another job in a place " * 400]
+    assert ranker.score_request(query, texts).truncated == [False, True]
+    np.testing.assert_allclose(ranker.score(query, texts), load(checkpoint).score(query, texts), rtol=0, atol=1e-5)
 
 
 def test_vectors_are_random_and_of_the_tables_spread() -> None:

@@ -56,16 +56,29 @@ def run(*arguments: Any) -> int:
     return int(ended.value.code or 0)
 
 
-def score(folder: Path, checkpoint: Path, store: Path | str, ids: list[str]) -> tuple[int, list[dict[str, Any]]]:
+def score(
+    folder: Path, checkpoint: Path, store: Path | str, ids: list[str], *more: Any
+) -> tuple[int, list[dict[str, Any]]]:
     (folder / "in.jsonl").write_text(
         json.dumps({"query": "python", "items": [{"id": item_id, "text": "not read"} for item_id in ids]}) + "\n"
     )
     output = folder / "out.jsonl"
     code = run(
         "score", "--model", checkpoint, "--mode", "compressed", "--store", store,
-        "--input", folder / "in.jsonl", "--output", output,
+        "--input", folder / "in.jsonl", "--output", output, *more,
     )  # fmt: skip
     return code, [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+
+
+def test_buckets_fitted_to_texts_serve_vectors_too(
+    tmp_path: Path, checkpoint: Path, ranker: Ranker, vectors: np.ndarray, store: Path
+) -> None:
+    fitted = tmp_path / "buckets.toml"
+    fitted.write_text("[[buckets]]\ntokens = 512\nrows = 8\nprefix_tokens = 128\nitems_per_row = 2\nitem_tokens = 64\n")
+    code, (line,) = score(tmp_path, checkpoint, store, ["b", "d"], "--buckets", fitted)
+    assert code == 0
+    expected = ranker.score_vectors("python", vectors[[1, 3]])
+    np.testing.assert_allclose(line["scores"], expected.probabilities, rtol=0, atol=1e-5)
 
 
 def test_items_by_id_score_as_in_memory_and_others_say_why_not(

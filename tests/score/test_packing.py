@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxslm.config import Bucket, BucketConfig
+from jaxslm.config import Bucket, BucketConfig, CompressorConfig
 from jaxslm.errors import InputError
-from jaxslm.score.buckets import default_buckets, fit_buckets, make_bucket
+from jaxslm.score.buckets import default_buckets, fit_buckets, make_bucket, with_longer, with_vectors
 from jaxslm.score.packing import Forward, Packer, PackRequest, empty_forward
+from tests.tiny import tiny_config
 
 SMALL = BucketConfig(
     buckets=(
@@ -18,6 +19,17 @@ SMALL = BucketConfig(
     ),
     overhead_tokens=4,
 )
+COMPRESSOR = CompressorConfig(
+    encoder=tiny_config(),
+    width=4,
+    ks=(1, 8),
+    pooling="mean",
+    max_item_tokens=16,
+    answer_tokens=1,
+    tokenizer_sha256="",
+)
+FITTED = fit_buckets([[PackRequest([1] * 18, [[2] * 12] * 9)]], count=2, max_tokens=128)
+LONGER = Packer(with_longer(FITTED, 600, 128))
 token_ids = st.integers(0, 1000)
 requests_of_ids = st.lists(
     st.tuples(
@@ -103,6 +115,7 @@ def test_vectors_stand_at_their_items() -> None:
     [
         (PackRequest([1], [[2], []]), "item 1: has no tokens"),
         (PackRequest([1], [[2] * 9]), "item of 9 tokens after a prefix of 1: no bucket holds it"),
+        (PackRequest([1] * 7, [[2], [2] * 3]), "item of 3 tokens after a prefix of 7: no bucket holds it"),
     ],
 )
 def test_what_no_bucket_holds_is_refused(request_: PackRequest, message: str) -> None:
@@ -116,6 +129,71 @@ def test_default_buckets_hold_any_item(platform: str) -> None:
     for prefix in (0, 1, 64, 65, 1024):
         for item in (1, 16, 17, 150, 901, 8192):
             assert list(packer.pack([PackRequest([1] * prefix, [[2] * item])]))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_items_share_any_prefix_of_a_prompt(platform: str) -> None:
+    packer = Packer(default_buckets(platform))
+    for prefix in (1025, 1400, 2000):
+        forwards = [one for (one,) in packer.pack([PackRequest([1] * prefix, [[2] * 40] * 50)])]
+        assert len(forwards) <= 6
+        assert all((one.prefix < one.bucket.tokens).any() for one in forwards)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("longest_row", [512, 2048, 4096])
+def test_vectors_stand_behind_any_prefix_of_a_prompt(platform: str, longest_row: int) -> None:
+    packer = Packer(with_vectors(SMALL, platform, COMPRESSOR, longest_row))
+    assert packer.longest_item == Packer(SMALL).longest_item
+    for k in COMPRESSOR.ks:
+        vectors = np.ones((50, k, 4), np.float32)
+        for prefix in (0, 70, longest_row - k - 1):
+            (forward,), *more = packer.pack([PackRequest([1] * prefix, [[0] * k + [2]] * 50, vectors)])
+            assert forward.bucket.vectors_per_item == k
+            assert len(more) < 5
+    with pytest.raises(InputError, match=r"no bucket holds it \(none is for items with 2 vectors\)"):
+        list(packer.pack([PackRequest([1], [[0, 0, 2]], np.ones((1, 2, 4), np.float32))]))
+
+
+def test_buckets_for_vectors_change_nothing_for_texts() -> None:
+    """A prefix of text that only buckets of vectors would hold still joins its items."""
+    longer = Bucket(tokens=64, rows=1, prefix_tokens=32, items_per_row=1, item_tokens=16, vectors_per_item=2)
+    packer = Packer(BucketConfig(buckets=(*SMALL.buckets, longer), overhead_tokens=4))
+    assert list(map(len, packer.pack([PackRequest([1] * 7, [[2]] * 4)]))) == [1, 1]
+    with pytest.raises(InputError, match=r"item of 9 tokens after a prefix of 1: .* longest item is 8, .* prefix 6"):
+        list(packer.pack([PackRequest([1], [[2] * 9])]))
+
+
+def test_buckets_that_have_a_number_of_vectors_keep_theirs() -> None:
+    one = make_bucket(64, 8, 2, 2, vectors_per_item=1)
+    config = SMALL.model_copy(update={"buckets": (*SMALL.buckets, one)})
+    found = with_vectors(config, "cpu", COMPRESSOR, 512).buckets
+    assert found[: len(config.buckets)] == config.buckets
+    assert {bucket.vectors_per_item for bucket in found[len(config.buckets) :]} == {8}
+
+
+@settings(max_examples=100, deadline=None)
+@given(prefix=st.integers(0, 600), item=st.integers(1, 600))
+def test_buckets_fitted_to_a_sample_hold_longer_rows_too(prefix: int, item: int) -> None:
+    prefix = min(prefix, 600 - item)
+    found = [one for (one,) in LONGER.pack([PackRequest([1] * prefix, [[2] * item] * 3)])]
+    assert sorted(number for one in found for number in one.indices) == [0, 1, 2]
+
+
+def test_a_prefix_longer_than_the_samples_is_still_shared() -> None:
+    ((one,),) = LONGER.pack([PackRequest([1] * 500, [[2] * 12] * 3)])
+    assert one.real_tokens == 500 + 3 * 12
+
+
+def test_longer_rows_cost_few_shapes() -> None:
+    assert len(FITTED.buckets) <= 2
+    assert len(LONGER.config.buckets) <= len(FITTED.buckets) + 9
+    assert LONGER.config.buckets[: len(FITTED.buckets)] == FITTED.buckets
+
+
+def test_a_sample_without_prefixes_can_be_fitted() -> None:
+    fitted = fit_buckets([[PackRequest([], [[2] * 9] * 4)]], count=2, max_tokens=64)
+    assert list(Packer(fitted).pack([PackRequest([], [[2] * 9] * 4)]))
 
 
 def test_fitted_buckets_pad_less_than_default_ones() -> None:
