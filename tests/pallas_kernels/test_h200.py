@@ -1,9 +1,12 @@
 """Every kernel compiles for an H200, keeps its values in registers and fits shared memory; so does the scoring step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -36,6 +39,28 @@ def test_kernels_compile_without_spills(
     assert kernel.shared_memory_bytes <= SHARED_MEMORY_BYTES
 
 
+def tiles_worth_timing() -> list[Any]:
+    """The choices of one spec of each op, and of the last layer's attention, but for the defaults, compiled above."""
+    found = []
+    for op, number in (("gated_mlp", 3), ("prefix_item_attention", 5), ("prefix_item_attention", 6)):
+        spec = specs(op)[number]
+        for place, tiles in enumerate(spec.tiles[1:]):
+            sizes = " ".join(f"{name}={size}" for name, size in tiles.items())
+            marks = [pytest.mark.slow] if place else []
+            found.append(pytest.param(spec, tiles, id=f"{spec}, {sizes}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("spec", "tiles"), tiles_worth_timing())
+def test_tiles_worth_timing_compile_without_spills(
+    spec: Spec, tiles: Mapping[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = partial(spec.run_tiles, tiles=tiles)
+    (kernel,) = compiled_kernels(tmp_path, monkeypatch, call, *spec.make(0))
+    assert kernel.spilled_bytes == 0
+    assert kernel.shared_memory_bytes <= SHARED_MEMORY_BYTES
+
+
 @pytest.mark.parametrize("implementation", [XLA, MOSAIC_GPU])
 @pytest.mark.parametrize("workload", ["summary", "latent_8"])
 def test_the_scoring_step_compiles(
@@ -46,7 +71,7 @@ def test_the_scoring_step_compiles(
     config = RankerConfig(model=model, prompt=PromptConfig(template="yes-no"), label_token_ids=(17, 42))
     shape = WORKLOADS[workload]
     bucket = make_bucket(8192, shape.prefix_tokens, shape.item_tokens, shape.item_tokens, shape.vectors_per_item)
-    step = make_score_fn(config, dtype=jnp.bfloat16, implementation=implementation)
+    step = make_score_fn(config, jax.local_devices()[:1], jnp.bfloat16, implementation)
     batch = abstract_batch(bucket, model.width, jnp.bfloat16)
     memory = compile_for_h200(step, abstract_params(model, jnp.bfloat16), batch).memory_analysis()
     assert memory is not None
