@@ -155,7 +155,7 @@ def bench_peers(
             agreement = _agreement(peer, best, folder, logits)
         finally:
             peer.close()
-    rows = _rows(shape.items, seconds, agreement)
+    settings = _rows(shape.items, seconds, agreement)
     reference = reference_logits(config, params, request)
     rates = shape.items / np.array(seconds["jaxslm"])
     return {
@@ -163,7 +163,7 @@ def bench_peers(
         "model": model,
         **figures(rates, floor(shape, config.model, ceilings), shape.items, ceilings, ours.shape()),
         "max_abs_diff": float(np.abs(logits[: len(reference)] - reference).max()),
-        "rows": rows,
+        "rows": settings,
         "not_measured": failed,
         "versions": peer.about["versions"] | {"jax": jax.__version__},
         "peer_device": peer.about["device"],

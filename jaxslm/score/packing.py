@@ -160,9 +160,10 @@ class Packer:
 
     def _joined(self, request: PackRequest) -> PackRequest:
         """The request as it is, or if no bucket holds prefix and items, with the one in each of the others: exact."""
-        longest, length, places = max(map(len, request.item_ids), default=0), len(request.prefix_ids), request.vector_places
-        fixed = request.vectors is not None and places is None
-        if fixed or self._holding(longest, length, request.kind, request.vectors_per_item):
+        longest, length = max(map(len, request.item_ids), default=0), len(request.prefix_ids)
+        places = request.vector_places
+        first = request.vectors is not None and places is None
+        if first or self._holding(longest, length, request.kind, request.vectors_per_item):
             return request
         return replace(
             request,

@@ -44,10 +44,9 @@ def tiles_worth_timing() -> list[Any]:
     found = []
     for op, number in (("gated_mlp", 3), ("prefix_item_attention", 5), ("prefix_item_attention", 6)):
         spec = specs(op)[number]
-        for place, tiles in enumerate(spec.tiles[1:]):
+        for tiles in spec.tiles[1:]:
             sizes = " ".join(f"{name}={size}" for name, size in tiles.items())
-            marks = [pytest.mark.slow] if place else []
-            found.append(pytest.param(spec, tiles, id=f"{spec}, {sizes}", marks=marks))
+            found.append(pytest.param(spec, tiles, id=f"{spec}, {sizes}"))
     return found
 
 
