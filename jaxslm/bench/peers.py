@@ -173,7 +173,7 @@ def bench_peers(
 def check_python(python: str) -> None:
     """Raises InputError unless `python` is an interpreter that finds torch and transformers; imports neither."""
     if shutil.which(python) is None:
-        raise InputError(f"--peer-python {python}: no such program")
+        raise InputError(f"--peer-python {python}: no program that can be run")
     missing = "import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ('torch', 'transformers')))"
     try:
         found = subprocess.run([python, "-c", missing], capture_output=True, check=False, timeout=60)

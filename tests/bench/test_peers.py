@@ -84,8 +84,8 @@ def test_the_report_has_the_keys_of_all_benchmarks_after_the_floor(
     [
         ("latent_8", sys.executable, "peers read text"),
         ("small", "false", "cannot import torch and transformers"),
-        ("small", "/no/such/python", "--peer-python /no/such/python: no such program"),
-        ("small", __file__, "no such program"),
+        ("small", "/no/such/python", "--peer-python /no/such/python: no program that can be run"),
+        ("small", __file__, "no program that can be run"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
