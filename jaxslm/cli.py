@@ -196,6 +196,7 @@ def prune(
         typer.Option(help="Which neurons and groups stay."),
     ] = "osscar",
     refit: Annotated[bool, typer.Option(help="Fit what stays to the dense outputs by least squares.")] = True,
+    swaps: Annotated[int, typer.Option(min=0, help="Then exchange so many kept and removed ones (osscar).")] = 0,
     depth_criterion: Annotated[
         Literal["last", "keep-last-1", "keep-last-2", "block-influence", "greedy"],
         typer.Option(help="Which layers go; greedy measures nDCG@10 and needs --items."),
@@ -219,6 +220,7 @@ def prune(
         drop_layers=drop_layers,
         criterion=criterion,
         refit=refit,
+        swaps=swaps,
         depth_criterion=depth_criterion,
         calibration_tokens=calibration_tokens,
         width_multiple=width_multiple,
