@@ -43,6 +43,9 @@ class Store(ABC):
             InputError: an empty id, or one of more than MAX_ID_BYTES.
         """
 
+    def renew(self, ids: Sequence[str]) -> None:
+        """Lets the time to live of what is there under these ids begin anew, where the store gives its records one."""
+
     @abstractmethod
     def delete(self, ids: Sequence[str]) -> int:
         """Removes what is there under these ids; returns how many there were."""
