@@ -11,7 +11,6 @@ from pathlib import Path
 
 from jaxslm.errors import InputError
 
-
 DISK_REFUSES = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS})
 """Errors that mean that the disk takes no more, wherever in a block they come from."""
 

@@ -20,7 +20,6 @@ from jaxslm.items.store import Store, open_store
 from jaxslm.score.bi_encoder import BiEncoder
 from jaxslm.score.scorer import Ranker, compute_dtype, load
 
-
 _IDS_AT_ONCE = 1000
 _IDS_NAMED = 3
 

@@ -43,6 +43,7 @@ class Store(ABC):
             InputError: an empty id, or one of more than MAX_ID_BYTES.
         """
 
+    @abstractmethod
     def renew(self, ids: Sequence[str]) -> None:
         """Lets the time to live of what is there under these ids begin anew, where the store gives its records one."""
 

@@ -115,7 +115,9 @@ def pack_calibration(
     bucket = make_bucket(tokens, max(prefix, 1), max(lengths), int(np.median(lengths)))
     forwards = tuple(forward for group in Packer(BucketConfig(buckets=(bucket,))).pack(packed) for forward in group)
     around_query, around_item = words_around
-    text_tokens = sum(len(each.prefix_ids) - around_query for each in packed) + sum(lengths) - around_item * len(lengths)
+    text_tokens = (
+        sum(len(each.prefix_ids) - around_query for each in packed) + sum(lengths) - around_item * len(lengths)
+    )
     digest = hashlib.sha256()
     for request in packed:
         for ids in (request.prefix_ids, *request.item_ids):

@@ -124,7 +124,9 @@ class BatchIterator(Iterator[Batch], Generic[ExampleT]):
             InputError: the state is of other data, settings, prompt or number of hosts.
         """
         if state["fingerprint"] != self._fingerprint:
-            raise InputError("training data: items, queries, teacher scores, settings, prompt or hosts differ from the saved run's")
+            raise InputError(
+                "training data: items, queries, teacher scores, settings, prompt or hosts differ from the saved run's"
+            )
         self._pending = [self._examples[position] for position in state["pending"]]
         self._start(state["position"])
 
@@ -324,5 +326,5 @@ class _Processes(Iterator[ExampleT]):
 
 def _fingerprint(settings: SourceSettings, data: str, host: int, hosts: int) -> str:
     """Hash of all that decides which batches come in which order; not of what `MAY_CHANGE`."""
-    parts = (settings.model_dump_json(exclude=MAY_CHANGE), data, host, hosts)
+    parts = (settings.model_dump_json(exclude=set(MAY_CHANGE)), data, host, hosts)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

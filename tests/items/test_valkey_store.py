@@ -47,7 +47,7 @@ def test_encoding_again_keeps_what_is_unchanged_alive(server: int) -> None:
     with open_store(f"{url}?ttl_s=3") as store:
         encode_catalogue(FakeEncoder(), items(5), {2: store}, dtype="int8")
         with redis.Redis(port=server, db=3) as client:
-            assert all(client.expire(key, 1) for key in client.keys())
+            assert all(client.expire(key, 1) for key in client.scan_iter())
             summary = encode_catalogue(FakeEncoder(), items(4), {2: store}, dtype="int8")
             assert (summary.encoded, summary.unchanged) == (0, 4)
             left = {item: client.ttl(f"jaxslm:{item}") for item in store.ids()}

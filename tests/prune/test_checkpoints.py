@@ -129,7 +129,10 @@ def test_targets_that_are_refused(tmp_path: Path, folder: Path, changes: dict[st
     ("content", "message"),
     [
         ("", "calibration.jsonl: holds no records"),
-        ('{"query": "a", "items": [{"text": "b"}]}\n', r"calibration: [24] tokens of queries and items .* the 24 inputs"),
+        (
+            '{"query": "a", "items": [{"text": "b"}]}\n',
+            r"calibration: [24] tokens of queries and items .* the 24 inputs",
+        ),
         ('{"query": "a"}\n', "line 1: items: Field required"),
     ],
 )

@@ -48,9 +48,9 @@ def test_osscar_loses_least_where_inputs_are_redundant() -> None:
 @pytest.mark.parametrize("group_size", [1, 4])
 def test_swaps_lower_the_error_and_none_are_the_default(group_size: int) -> None:
     problems = [projection(12 * group_size, group_size, seed) for seed in range(12)]
-    plain, zero, swapped = (
-        [prune_projection(whole, "osscar", whole.groups // 3, **more) for whole in problems]
-        for more in ({}, {"swaps": 0}, {"swaps": 20})
+    plain = [prune_projection(whole, "osscar", whole.groups // 3) for whole in problems]
+    zero, swapped = (
+        [prune_projection(whole, "osscar", whole.groups // 3, swaps=swaps) for whole in problems] for swaps in (0, 20)
     )
     for default, none in zip(plain, zero, strict=True):
         np.testing.assert_array_equal(default.weight, none.weight)

@@ -1,6 +1,6 @@
 """OSSCAR on tiny problems, against brute force in float64."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -114,7 +114,7 @@ def test_each_swap_is_the_best_of_all_pairs(sizes: tuple[int, int, int], data: s
     losses = [exchanged_loss(hessian, weight, keep, size, most) for most in range(6)]
     assert losses[0] == before
     assert losses[1] == pytest.approx(min(before, *trials), rel=1e-6)
-    assert all(after <= former * (1 + 1e-9) for former, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= former * (1 + 1e-9) for former, after in pairwise(losses))
 
 
 def test_swaps_reach_the_best_of_all_choices_more_often() -> None:

@@ -210,7 +210,7 @@ def test_a_state_of_other_teacher_scores_is_refused(folder: Path, tmp_path: Path
     state = taught("first", 1.0).get_state()
     taught("moved", 1.0).set_state(state)
     for other in (taught("other", 2.0), ranker(folder)):
-        with pytest.raises(InputError, match="teacher scores, .* differ from the saved run's"):
+        with pytest.raises(InputError, match=r"teacher scores, .* differ from the saved run's"):
             other.set_state(state)
 
 

@@ -80,9 +80,7 @@ def test_a_bare_hub_id_is_told_how_to_be_written(folder: Path, name: str) -> Non
         ranker(folder, items=name)
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the libraries warn of at each retry is not shown; they are as loud as before afterwards."""
     datasets = pytest.importorskip("datasets")
     loggers = [logging.getLogger(name) for name in ("huggingface_hub.utils._http", "datasets.load")]
