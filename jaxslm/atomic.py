@@ -1,6 +1,8 @@
 """Write aside, then rename: a reader sees the whole result or none, and nothing that exists is overwritten."""
 
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -8,6 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jaxslm.errors import InputError
+
+DISK_REFUSES = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS})
+"""Errors that mean that the disk takes no more, wherever in a block they come from."""
+
+
+def cannot_write(path: Path, error: Exception) -> InputError:
+    """Returns the one line that says why `path` could not be written."""
+    reason = str(error)
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: [(from, to, why)]
+        reason = re.sub(r"^\[Errno \d+\] ([^:]*):.*", r"\1", str(error.args[0][0][-1]))
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    lines = reason.strip().splitlines() or [type(error).__name__]
+    return InputError(f"{path}: cannot write it ({lines[0][:300]})")
 
 
 def refuse_existing(path: Path) -> None:
@@ -21,7 +37,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path`; renames it to `path` when the block ends well, removes it otherwise.
 
     Raises:
-        InputError: `path` exists, or its parent is not a folder that can be written.
+        InputError: `path` exists, its parent is not a folder that can be written, or the disk refuses what the block
+            writes.
     """
     refuse_existing(path)
     staging = _staging(path)
@@ -34,6 +51,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield staging
         refuse_existing(path)
         staging.replace(path)
+    except OSError as error:
+        if error.errno in DISK_REFUSES:
+            raise cannot_write(path, error) from error
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -43,7 +64,8 @@ def new_file(path: Path) -> Iterator[Path]:
     """Yields the path of a file to write beside `path`; renames it to `path` when the block ends well.
 
     Raises:
-        InputError: `path` exists, or its parent is not a folder that can be written.
+        InputError: `path` exists, its parent is not a folder that can be written, or the disk refuses what the block
+            writes.
     """
     refuse_existing(path)
     staging = _staging(path)
@@ -56,6 +78,10 @@ def new_file(path: Path) -> Iterator[Path]:
         yield staging
         refuse_existing(path)
         staging.replace(path)
+    except OSError as error:
+        if error.errno in DISK_REFUSES:
+            raise cannot_write(path, error) from error
+        raise
     finally:
         staging.unlink(missing_ok=True)
 

@@ -9,10 +9,16 @@ Nothing is guessed: hashes of parameters, tokenizer and prompt are checked at ev
 whenever they are asked for.
 """
 
+import gc
 import hashlib
 import json
+import logging
+import os
+import re
 import shutil
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -24,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import model_validator
 
-from jaxslm.atomic import new_folder
+from jaxslm.atomic import cannot_write, new_folder
 from jaxslm.config import Calibration, CompressorConfig, RankerConfig, Settings, validate
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params, abstract_params
@@ -136,8 +142,8 @@ def save_checkpoint(
         compressor: what the item "compressor" is.
 
     Raises:
-        InputError: `path` exists, the parameters do not have the shapes that `config` asks for, or an item's name is
-            no plain word or belongs to the checkpoint itself.
+        InputError: `path` exists or cannot be written, the parameters do not have the shapes that `config` asks for,
+            or an item's name is no plain word or belongs to the checkpoint itself.
     """
     extra = extra or {}
     for name in extra:
@@ -157,7 +163,8 @@ def save_checkpoint(
         for name, content in tokenizer_files.items():
             (folder / "tokenizer" / name).write_bytes(content)
         for name, tree in {"params": params, **extra}.items():
-            _save_item(folder / name, tree)
+            with _disk_errors(path):
+                _save_item(folder / name, tree)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             ranker=config,
@@ -193,7 +200,7 @@ def copy_calibrated(path: Path, out: Path, calibration: Calibration, metrics: Ma
             shutil.copytree(path, folder, dirs_exist_ok=True)
             (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"{out}: cannot write it ({error.strerror or error})") from error
+            raise cannot_write(out, error) from error
     return manifest
 
 
@@ -261,6 +268,26 @@ def _file_hashes(folder: Path) -> dict[str, str]:
         with file.open("rb") as content:
             hashes[file.relative_to(folder).as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
     return hashes
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """A write by Orbax that fails is one InputError; what its threads and callbacks print beside it is not shown."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # of a full disk TensorStore makes any of these
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        told = cannot_write(path, OSError(int(code[1]), os.strerror(int(code[1]))) if code else error)
+        error.__traceback__ = None
+        gc.collect()  # writes that were under way would complain when the program ends
+        raise told from None
+    finally:
+        sys.unraisablehook = hook
+        logger.setLevel(level)
 
 
 def _save_item(folder: Path, tree: Tree) -> None:

@@ -196,6 +196,7 @@ def prune(
         typer.Option(help="Which neurons and groups stay."),
     ] = "osscar",
     refit: Annotated[bool, typer.Option(help="Fit what stays to the dense outputs by least squares.")] = True,
+    swaps: Annotated[int, typer.Option(min=0, help="Then exchange so many kept and removed ones (osscar).")] = 0,
     depth_criterion: Annotated[
         Literal["last", "keep-last-1", "keep-last-2", "block-influence", "greedy"],
         typer.Option(help="Which layers go; greedy measures nDCG@10 and needs --items."),
@@ -219,6 +220,7 @@ def prune(
         drop_layers=drop_layers,
         criterion=criterion,
         refit=refit,
+        swaps=swaps,
         depth_criterion=depth_criterion,
         calibration_tokens=calibration_tokens,
         width_multiple=width_multiple,
@@ -232,7 +234,9 @@ def encode(
     model: Checkpoint,
     items: Annotated[Path, typer.Option("--items", help="Items to encode: .jsonl or .parquet.")],
     store: Annotated[str, typer.Option("--store", metavar="URL", help="A folder, lmdb:///FOLDER, or redis://HOST.")],
-    k: Annotated[int, typer.Option("--k", min=1, help="Embedding tokens per item.")] = 8,
+    k: Annotated[
+        int | None, typer.Option("--k", min=1, help="Embedding tokens per item; by default the most, up to 8.")
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "int8", "float8_e4m3"], typer.Option(help="How the values are stored.")
     ] = "int8",
@@ -245,7 +249,7 @@ def encode(
     from jaxslm.score.warmup import keep_compiled_programs
 
     keep_compiled_programs()
-    answer(encode_file(model, items, {k: store}, dtype=dtype))
+    answer(encode_file(model, items, store if k is None else {k: store}, dtype=dtype))
 
 
 @app.command()

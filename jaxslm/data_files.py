@@ -6,7 +6,7 @@ requests `{"query": str, "items": [{"id"?: str, "text"?: str}]}`: the input of `
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -99,21 +99,35 @@ def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
 
 def read_items(path: Path) -> dict[str, Item]:
     """Returns the items of a file by id, in file order. Raises InputError as `read_records`, and on a repeated id."""
-    items: dict[str, Item] = {}
-    for item in read_records(path, Item):
-        if item.id in items:
-            raise InputError(f"{path}: item id {item.id!r} appears twice")
-        items[item.id] = item
-    return items
+    return items_by_id(str(path), read_records(path, Item))
 
 
 def read_queries(path: Path) -> list[Query]:
     """Returns the queries of a file in order. Raises InputError as `read_records`, and on a repeated query id."""
+    return distinct_queries(str(path), read_records(path, Query))
+
+
+def items_by_id(where: str, records: Iterable[Item]) -> dict[str, Item]:
+    """Returns the items of a source by id, in order. Raises InputError on a repeated id, and if there are none."""
+    items: dict[str, Item] = {}
+    for item in records:
+        if item.id in items:
+            raise InputError(f"{where}: item id {item.id!r} appears twice")
+        items[item.id] = item
+    if not items:
+        raise InputError(f"{where}: holds no records")
+    return items
+
+
+def distinct_queries(where: str, records: Iterable[Query]) -> list[Query]:
+    """Returns the queries of a source in order. Raises InputError on a repeated query id, and if there are none."""
     queries: dict[str, Query] = {}
-    for query in read_records(path, Query):
+    for query in records:
         if query.query_id in queries:
-            raise InputError(f"{path}: query id {query.query_id!r} appears twice")
+            raise InputError(f"{where}: query id {query.query_id!r} appears twice")
         queries[query.query_id] = query
+    if not queries:
+        raise InputError(f"{where}: holds no records")
     return list(queries.values())
 
 
@@ -158,8 +172,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, {key: value for key, value in row.items() if value is not None}
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a damaged page may give any of these
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a Parquet file, or a damaged one ({reason})") from None
 
 
 def _first_problem(error: ValidationError) -> str:

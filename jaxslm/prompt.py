@@ -130,6 +130,12 @@ class Prompt:
         return self._ids(self._tokenizer, [self.template.suffix])[0]
 
     @cached_property
+    def words_around(self) -> tuple[int, int]:
+        """How many tokens the prompt's own words are around a query and around an item."""
+        after_query, after_item = self._ids(self._text_tokenizer, [self.template.after_query, self.template.after_item])
+        return len(self.prefix_ids) + len(after_query), len(after_item) + len(self.suffix_ids)
+
+    @cached_property
     def sha256(self) -> str:
         """Hash of everything in the prompt that can change a row: template words, settings and label ids."""
         # Left out where it is not set, so that prompts from before it keep their hash.

@@ -1,5 +1,7 @@
 """Whole results or none: staging is renamed when its block ends well and removed otherwise."""
 
+import errno
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -40,6 +42,30 @@ def test_a_failure_leaves_nothing(tmp_path: Path, opener: Opener) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+@both
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, opener: Opener, code: int) -> None:
+    def write_half() -> None:
+        with opener(tmp_path / "out") as staging:
+            fill(staging, "half")
+            raise OSError(code, os.strerror(code))
+
+    with pytest.raises(InputError, match=rf"out: cannot write it \({os.strerror(code)}\)"):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+@both
+def test_other_errors_of_the_block_are_its_own(tmp_path: Path, opener: Opener) -> None:
+    def read_what_is_not_there() -> None:
+        with opener(tmp_path / "out"):
+            (tmp_path / "absent").read_text()
+
+    with pytest.raises(FileNotFoundError):
+        read_what_is_not_there()
     assert list(tmp_path.iterdir()) == []
 
 

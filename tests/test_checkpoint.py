@@ -1,8 +1,9 @@
 """Checkpoints: bit-equal through save and load on any number of devices; damage is refused with one line."""
 
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxslm.checkpoint import load_checkpoint, load_manifest, params_sha256, save_checkpoint
+from jaxslm.checkpoint import copy_calibrated, load_checkpoint, load_manifest, params_sha256, save_checkpoint
+from jaxslm.config import Calibration
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from tests.tiny import TINY_CONFIGS, tiny_checkpoint, tiny_config, tiny_params, tiny_ranker_config, tiny_tokenizer_json
@@ -306,6 +308,29 @@ def test_parameters_that_do_not_fit_are_not_saved(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             save_checkpoint(tmp_path / "ckpt", config, params, TOKENIZER, source="random")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Files of this process may have 20 kB: less than the parameters, more than the tokenizer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_480, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_full_disk_is_one_line(tmp_path: Path, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whoever writes the file that does not fit: Orbax, or a copy of what there is."""
+    config = tiny_ranker_config(tiny_config(num_layers=1))
+    params = tiny_params(config.model)
+    for more in ({"more.txt": b"x" * 30_000}, {}):
+        with pytest.raises(InputError, match=r"ckpt: cannot write it \(File too large\)$"):
+            save_checkpoint(tmp_path / "ckpt", config, params, TOKENIZER | more, source="random")
+    with pytest.raises(InputError, match=r"copy: cannot write it \(File too large\)$"):
+        copy_calibrated(saved, tmp_path / "copy", Calibration(), {})
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
 
 
 def test_a_failing_save_leaves_nothing(tmp_path: Path) -> None:

@@ -189,6 +189,24 @@ def test_bad_parquet(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
+def test_damaged_parquet(tmp_path: Path, compression: str) -> None:
+    """Any flipped byte is read over or told in one line that names the file."""
+    rows = [{"id": f"item-{number}", "text": f"Ä job with the number {number} " * 4} for number in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "items.parquet", compression=compression)
+    whole, told = (tmp_path / "items.parquet").read_bytes(), list[str]()
+    for place in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x81
+        (tmp_path / "items.parquet").write_bytes(damaged)
+        try:
+            read_items(tmp_path / "items.parquet")
+        except InputError as error:
+            told.append(str(error))
+    assert len(told) > 50
+    assert all(line.startswith(f"{tmp_path / 'items.parquet'}: ") and "\n" not in line for line in told)
+
+
 def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Serving does not install it."""
     pq.write_table(pa.Table.from_pylist([{"id": "a", "text": "x"}]), tmp_path / "items.parquet")

@@ -15,6 +15,7 @@ import pytest
 import typer
 
 from jaxslm import cli
+from jaxslm.bench.workloads import MODELS
 from jaxslm.config import Settings, load_toml
 from jaxslm.serve.settings import ServeSettings
 from tests.compress.tiny_compressor import compressor_checkpoint
@@ -128,13 +129,36 @@ def test_config_loads_and_its_header_commands_exist(path: Path) -> None:
     commands = commands_in(header)
     for command in commands:
         check_command(command)
-    [own] = [command for command in commands if f"configs/{path.name}" in command]
+    [kind] = {shlex.split(command)[2] for command in commands if f"configs/{path.name}" in command}
     kinds: dict[str, type[Settings]] = {
         "encoder": EncoderTraining,
         "ranker": RankerTraining,
         "compressor": CompressorTraining,
     }
-    load_toml(path, kinds[shlex.split(own)[2]])
+    load_toml(path, kinds[kind])
+
+
+def test_the_gradual_schedule_of_a_header_is_that_of_the_study() -> None:
+    """Each stage prunes what the last one recovered, with the target and the share of updates of `stages`."""
+    from jaxslm.prune.model import PruneSettings
+    from jaxslm.prune.study import stages
+    from jaxslm.train.settings import RankerTraining
+
+    path = ROOT / "configs" / "cpu-recover.toml"
+    commands = [shlex.split(command) for command in commands_in(path.read_text(encoding="utf-8"))][2:]
+    model = MODELS["smollm2-135m"].model_copy(update={"num_layers": 7})
+    expected = stages(model, PruneSettings(mlp_keep=768, drop_layers=2))
+    steps, current = load_toml(path, RankerTraining).steps, "ranker"
+    for prune, train, (target, share) in zip(commands[::2], commands[1::2], expected, strict=True):
+        asked = dict(zip(prune[2::2], prune[3::2], strict=True))
+        assert (asked["--model"], prune[1], train[1:3]) == (current, "prune", ["train", "ranker"])
+        assert asked.get("--mlp-keep") == (target.mlp_keep and str(target.mlp_keep))
+        assert int(asked.get("--drop-layers", 0)) == target.drop_layers
+        pruned, current = f"model={asked['--out']}", train[-1]
+        assert [train[place + 1] for place, each in enumerate(train) if each == "--set"] == [
+            pruned,
+            f"steps={round(share * steps)}",
+        ]
 
 
 def test_there_are_at_most_eight_configs() -> None:

@@ -35,6 +35,7 @@ from jaxslm.items.record import (
 from jaxslm.items.store import Store, open_store, required_key_of
 from jaxslm.progress import console, progress
 
+DEFAULT_K = 8
 _ITEMS_AT_ONCE = 256
 _RECORDS_PER_PUT = 256
 _REASONS_KEPT = 50
@@ -114,21 +115,30 @@ class Summary:
         }
 
 
-def encode_file(model: Path, items: Path, store_urls: Mapping[int, str], *, dtype: StorageDtype) -> dict[str, Any]:
+def encode_file(
+    model: Path, items: Path, store_urls: Mapping[int, str] | str, *, dtype: StorageDtype
+) -> dict[str, Any]:
     """Encodes the items of a file into a store for each k; returns `Summary.to_json` and the stores' names.
 
-    The whole file is checked before the model loads.
+    The whole file is checked before the model loads, and both before a store is made.
+
+    Args:
+        store_urls: by k; or one, for the largest k up to `DEFAULT_K` that the compressor was trained for.
 
     Raises:
-        InputError: a line breaks the schema, an id repeats, or the checkpoint or the store's URL breaks a rule.
+        InputError: a line breaks the schema, an id repeats, the compressor was not trained for a k, or the checkpoint
+            or the store's URL breaks a rule.
         StoreUnavailable: the store cannot be opened or fails; what was stored before stays.
     """
     total = check_items(items)
+    from jaxslm.compress.encoder import load_encoder
+
+    encoder = load_encoder(model)
+    if isinstance(store_urls, str):
+        store_urls = {max((k for k in encoder.ks if k <= DEFAULT_K), default=min(encoder.ks)): store_urls}
+    _check_ks(store_urls, encoder)
     with ExitStack() as stack:
         stores = {k: stack.enter_context(open_store(url)) for k, url in store_urls.items()}
-        from jaxslm.compress.encoder import load_encoder
-
-        encoder = load_encoder(model)
         start = time.perf_counter()
         with progress() as bar:
             task = bar.add_task("encoding items", total=total)
@@ -169,7 +179,7 @@ def encode_catalogue(
     """Encodes the items that a store does not have yet and keeps them there; returns what was done.
 
     An item that cannot be encoded is counted with its reason and left out; what the store has under its id stays, and
-    a reader finds it stale if it is.
+    a reader finds it stale if it is. Of items that the store has already the time to live begins anew.
 
     Args:
         items: ids must not repeat (`check_items`): of two texts under one id either may stay.
@@ -180,9 +190,7 @@ def encode_catalogue(
         InputError: the encoder was not trained for this k.
         StoreUnavailable: the store fails; what was stored before stays.
     """
-    for k in stores:
-        if k not in encoder.ks:
-            raise InputError(f"k = {k}: this compressor was trained for {', '.join(map(str, encoder.ks))}")
+    _check_ks(stores, encoder)
     run = _Run(encoder, stores, dtype, on_progress or (lambda summary: None))
     start = time.perf_counter()
     stream = iter(items)
@@ -191,6 +199,12 @@ def encode_catalogue(
     run.finish()
     run.summary.seconds = time.perf_counter() - start
     return run.summary
+
+
+def _check_ks(ks: Iterable[int], encoder: ItemEncoder) -> None:
+    for k in ks:
+        if k not in encoder.ks:
+            raise InputError(f"k = {k}: this compressor was trained for {', '.join(map(str, encoder.ks))}")
 
 
 def source_sha256(item: Item) -> str:
@@ -234,6 +248,8 @@ class _Run:
     def _outdated(self, items: Sequence[Item]) -> list[Item]:
         """Returns the items that must be encoded; counts the others."""
         found, ids = [], [item.id for item in items]
+        for store in self._stores.values():
+            store.renew(ids)  # before it is asked, so that nothing that counts as unchanged expires meanwhile
         stored = {k: store.get(ids) for k, store in self._stores.items()}
         for number, item in enumerate(items):
             if all(self._is_current(stored[k][number], item, k) for k in stored):

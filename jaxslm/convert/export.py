@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from jaxslm.atomic import new_folder, refuse_existing
+from jaxslm.atomic import cannot_write, new_folder, refuse_existing
 from jaxslm.checkpoint import Checkpoint, load_checkpoint
 from jaxslm.config import ModelConfig
 from jaxslm.convert.hf import NAMES
@@ -82,7 +82,7 @@ def export_hf(checkpoint: Path, out: Path, *, classifier: bool = False) -> dict[
                 (folder / name).write_bytes(content)
             (folder / "README.md").write_text(_card(loaded, tokens.ids["pad"], classifier=classifier), encoding="utf-8")
         except OSError as error:
-            raise InputError(f"{out}: cannot write it ({error.strerror or error})") from error
+            raise cannot_write(out, error) from error
     return {
         "out": str(out),
         "format": "hf",

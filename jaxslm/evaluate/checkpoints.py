@@ -1,5 +1,8 @@
 """`jaxslm eval`: a checkpoint on a folder of data, beside BM25 on the same candidates."""
 
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +12,16 @@ from jaxslm.compress.encoder import identity_of
 from jaxslm.compress.splice import text_of
 from jaxslm.data_files import Item, Query, read_items, read_queries
 from jaxslm.errors import InputError
+from jaxslm.evaluate.candidates import CandidateList
 from jaxslm.evaluate.rerank import Report, evaluate_ranker, print_report
 from jaxslm.evaluate.trec import write_run
-from jaxslm.items.lookup import ItemVectors
+from jaxslm.items.lookup import ItemVectors, Status
 from jaxslm.items.store import Store, open_store
 from jaxslm.score.bi_encoder import BiEncoder
 from jaxslm.score.scorer import Ranker, compute_dtype, load
+
+_IDS_AT_ONCE = 1000
+_IDS_NAMED = 3
 
 
 def read_split(data: Path, split: str) -> tuple[dict[str, Item], list[Query]]:
@@ -64,7 +71,8 @@ def evaluate_store(
     """Ranks the candidates of a split's queries by log-odds on the embedding tokens that a store has of them.
 
     Raises:
-        InputError: a candidate is not in the store, or its record is stale or corrupt: an evaluation is of all or none.
+        InputError: candidates are not in the store, or their records are stale or corrupt: an evaluation is of all or
+            none, and how many cannot be scored for which reason is told before the first is.
         StoreUnavailable: the store fails.
     """
     items, queries = read_split(data, split)
@@ -72,19 +80,37 @@ def evaluate_store(
     known.check_store()
     fields = ranker.manifest.compressor.text_fields if ranker.manifest.compressor is not None else ()
 
+    def check(lists: Sequence[CandidateList]) -> None:
+        ids = list(dict.fromkeys(chain.from_iterable(each.ids for each in lists)))
+        parts = (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
+        _refuse_missing(store, ids, list(chain.from_iterable(known.get(part).status for part in parts)))
+
     def score(query: str, chosen: list[Item]) -> Any:
-        lookup = known.get([item.id for item in chosen])
+        ids = [item.id for item in chosen]
+        lookup = known.get(ids)
+        _refuse_missing(store, ids, lookup.status)  # it may have gone since the check
         vectors = [each for each in lookup.vectors if each is not None]
-        if len(vectors) < len(chosen):
-            place = [each is None for each in lookup.vectors].index(True)
-            raise InputError(
-                f"store {store.url}: item {chosen[place].id!r} is {lookup.status[place].replace('_', ' ')},"
-                f" {len(chosen) - len(vectors)} of {len(chosen)} candidates cannot be scored; `jaxslm encode` fills it"
-            )
         texts = [text_of(item, fields) for item in chosen] if fields else None
         return ranker.score_vectors(query, vectors, texts).log_odds
 
-    return evaluate_ranker(score, queries, items, k=candidates, limit=limit, name=name)
+    return evaluate_ranker(score, queries, items, k=candidates, limit=limit, name=name, check=check)
+
+
+def _refuse_missing(store: Store, ids: Sequence[str], status: Sequence[Status]) -> None:
+    missing = defaultdict(list)
+    for item_id, why in zip(ids, status, strict=True):
+        if why != "found":
+            missing[why].append(item_id)
+    if not missing:
+        return
+    told = []
+    for why, found in sorted(missing.items()):
+        first = ", ".join(map(repr, found[:_IDS_NAMED])) + (", ..." if len(found) > _IDS_NAMED else "")
+        told.append(f"{len(found)} {why.replace('_', ' ')} ({first})")
+    raise InputError(
+        f"store {store.url}: {sum(map(len, missing.values()))} of {len(ids)} candidates cannot be scored:"
+        f" {', '.join(told)}; `jaxslm encode` fills it"
+    )
 
 
 def evaluate_checkpoint(

@@ -114,6 +114,7 @@ def evaluate_ranker(
     limit: int | None = None,
     seed: int = 0,
     name: str = "ranker",
+    check: Callable[[Sequence[CandidateList]], None] = lambda lists: None,
 ) -> Report:
     """Scores the candidates of every query and reports the ranker and BM25 on the same lists.
 
@@ -127,6 +128,7 @@ def evaluate_ranker(
         limit: evaluate this many queries, chosen by `sample_queries`.
         seed: of that choice.
         name: of the ranker, in tables and results.
+        check: is called with all candidates before the first one is scored.
 
     Raises:
         InputError: no query has a relevant item, a judged id is unknown, or `score` returns a wrong shape or NaN.
@@ -136,6 +138,7 @@ def evaluate_ranker(
         raise InputError(f"none of the {len(queries)} queries has a relevant judged item (label >= {RELEVANT_LABEL})")
     chosen = sample_queries(eligible, limit, seed)
     lists = candidates(chosen, items, k)
+    check(lists)
     run, seconds = score_candidates(score, chosen, lists, items)
     bm25_run = {each.query_id: dict(zip(each.ids, each.bm25.tolist(), strict=True)) for each in lists}
     labels = labels_of(chosen)

@@ -88,6 +88,9 @@ class LmdbStore(Store):
 
         self._run(write, write=True)
 
+    def renew(self, ids: Sequence[str]) -> None:
+        """See Store. Nothing to do: records stay."""
+
     def delete(self, ids: Sequence[str]) -> int:
         """See Store."""
         keys = [key for item_id in ids if (key := key_of(item_id)) is not None]

@@ -44,6 +44,10 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def renew(self, ids: Sequence[str]) -> None:
+        """Lets the time to live of what is there under these ids begin anew, where the store gives its records one."""
+
+    @abstractmethod
     def delete(self, ids: Sequence[str]) -> int:
         """Removes what is there under these ids; returns how many there were."""
 

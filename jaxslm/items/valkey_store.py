@@ -76,6 +76,21 @@ class ValkeyStore(Store):
 
         self._run(write)
 
+    def renew(self, ids: Sequence[str]) -> None:
+        """See Store. One round trip, none without `ttl_s`."""
+        self._require_writable()
+        ttl_s, keys = self._ttl_s, [self._prefix + key for item_id in ids if (key := key_of(item_id)) is not None]
+        if ttl_s is None or not keys:
+            return
+
+        def expire() -> None:
+            with self._client.pipeline(transaction=False) as pipeline:
+                for key in keys:
+                    pipeline.expire(key, ttl_s)
+                pipeline.execute()
+
+        self._run(expire)
+
     def delete(self, ids: Sequence[str]) -> int:
         """See Store."""
         self._require_writable()

@@ -47,6 +47,7 @@ class Calibration:
     Attributes:
         forwards: the batches on the host.
         tokens: real tokens; a prefix that several items share counts once per batch. items: scored rows.
+        text_tokens: those of queries and items alone, without the prompt's words.
         labels: per request the label of each item, None where the file had no labels.
         sizes: items of each request, in order. sha256: hash of all token ids.
     """
@@ -55,6 +56,7 @@ class Calibration:
     sizes: tuple[int, ...]
     labels: tuple[tuple[float, ...], ...] | None
     tokens: int
+    text_tokens: int
     sha256: str
 
     def batches(self) -> Iterator[Batch]:
@@ -88,7 +90,7 @@ def read_calibration(path: Path, items: Path | None, prompt: Prompt, *, max_toke
         if tokens >= max_tokens:
             break
     chosen_labels = tuple(labels[index] for index in chosen) if labels is not None else None
-    return pack_calibration(encoded, chosen_labels)
+    return pack_calibration(encoded, chosen_labels, prompt.words_around)
 
 
 def request_texts(path: Path, items: Path | None) -> Iterator[str]:
@@ -101,15 +103,21 @@ def request_texts(path: Path, items: Path | None) -> Iterator[str]:
 
 
 def pack_calibration(
-    requests: Sequence[EncodedRequest], labels: tuple[tuple[float, ...], ...] | None = None
+    requests: Sequence[EncodedRequest],
+    labels: tuple[tuple[float, ...], ...] | None = None,
+    words_around: tuple[int, int] = (0, 0),
 ) -> Calibration:
-    """Returns encoded requests as a calibration set."""
+    """Returns encoded requests as a calibration set. Args: words_around: `Prompt.words_around` of their prompt."""
     packed = [PackRequest(request.prefix_ids, request.item_ids) for request in requests]
     lengths = [len(item) for request in packed for item in request.item_ids]
     prefix = max(len(request.prefix_ids) for request in packed)
     tokens = max(TOKENS_PER_BATCH, prefix + max(lengths))
     bucket = make_bucket(tokens, max(prefix, 1), max(lengths), int(np.median(lengths)))
     forwards = tuple(forward for group in Packer(BucketConfig(buckets=(bucket,))).pack(packed) for forward in group)
+    around_query, around_item = words_around
+    text_tokens = (
+        sum(len(each.prefix_ids) - around_query for each in packed) + sum(lengths) - around_item * len(lengths)
+    )
     digest = hashlib.sha256()
     for request in packed:
         for ids in (request.prefix_ids, *request.item_ids):
@@ -119,6 +127,7 @@ def pack_calibration(
         tuple(len(request.item_ids) for request in packed),
         labels,
         sum(forward.real_tokens for forward in forwards),
+        text_tokens,
         digest.hexdigest(),
     )
 

@@ -13,7 +13,7 @@ from jaxslm.data_files import Item, read_records
 from jaxslm.errors import InputError
 from jaxslm.prune.calibrate import Calibration, read_calibration, request_texts
 from jaxslm.prune.masks import Masks
-from jaxslm.prune.model import Pruned, PruneSettings, check_target, prune_model
+from jaxslm.prune.model import Pruned, PruneSettings, check_target, prune_model, removes_anything
 from jaxslm.prune.report import describe, print_result
 from jaxslm.prune.vocab import cut_vocabulary
 
@@ -45,8 +45,10 @@ def prune_checkpoint(
     refuse_existing(out)
     manifest = load_manifest(model)
     check_target(manifest.ranker.model, settings)
-    if not (settings.mlp_keep or settings.kv_groups_keep or settings.drop_layers or vocab_keep):
-        raise InputError("nothing to prune: give --mlp-keep, --kv-groups-keep, --drop-layers or --vocab-keep")
+    if vocab_keep is None and not removes_anything(manifest.ranker.model, settings):
+        raise InputError(
+            "nothing to prune: give --mlp-keep or --kv-groups-keep below what there is, --drop-layers or --vocab-keep"
+        )
     if vocab_keep is not None and manifest.compressor is not None:
         raise InputError(
             "--vocab-keep: this checkpoint's compressor reads the whole vocabulary; cut it before training one"

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxslm.prune.osscar import damped, greedy, least_squares
+from jaxslm.prune.osscar import damped, exchange, greedy, least_squares
 
 Criterion = Literal["osscar", "flap", "wanda", "activation", "magnitude", "random"]
 """osscar: least loss after re-fitting (`jaxslm.prune.osscar`). The others give each row j of the projection W a number,
@@ -56,20 +56,23 @@ class PrunedProjection:
 
 
 def prune_projection(
-    projection: Projection, criterion: Criterion, keep: int, *, refit: bool = True, seed: int = 0
+    projection: Projection, criterion: Criterion, keep: int, *, refit: bool = True, swaps: int = 0, seed: int = 0
 ) -> PrunedProjection:
     """Returns the projection with `keep` of its groups.
 
     Args:
         refit: the kept rows become the least-squares fit to the dense outputs; otherwise they stay as they are.
-        seed: of the random criterion.
+        swaps: most exchanges after osscar's choice. seed: of the random criterion.
     """
     hessian = damped(projection.gram)
     weight, size = projection.weight, projection.group_size
     if criterion == "osscar":
         # Damping alone would give inputs that are always zero a price that grows with their weights.
         alive = np.diagonal(projection.gram) > 0
-        kept, _ = greedy(hessian, np.where(alive[:, None], weight, 0.0), size, keep)
+        living = np.where(alive[:, None], weight, 0.0)
+        kept, _ = greedy(hessian, living, size, keep)
+        if swaps:
+            kept, _ = exchange(hessian, living, size, kept, swaps)
     else:
         kept = np.zeros(projection.groups, bool)
         kept[np.argsort(-_importance(projection, criterion, seed), kind="stable")[:keep]] = True

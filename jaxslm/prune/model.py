@@ -26,6 +26,7 @@ class PruneSettings(Settings):
     Attributes:
         mlp_keep, kv_groups_keep: neurons and KV groups to keep in every layer; all if None. drop_layers: how many go.
         criterion: of neurons and groups (`jaxslm.prune.criteria`). refit: least squares for what stays.
+        swaps: after osscar's choice, the most exchanges of a kept and a removed one, per layer and projection.
         depth_criterion: of layers (`jaxslm.prune.depth`). Layers go first; widths are fitted to the layers that stay.
         calibration_tokens: prompts are read until they have this many tokens.
         width_multiple: `mlp_keep` must be a multiple of it; GPUs multiply tiles of 128.
@@ -37,6 +38,7 @@ class PruneSettings(Settings):
     drop_layers: Annotated[int, Field(ge=0)] = 0
     criterion: Criterion = "osscar"
     refit: bool = True
+    swaps: Annotated[int, Field(ge=0)] = 0
     depth_criterion: DepthCriterion = "last"
     calibration_tokens: Positive = 65_536
     width_multiple: Positive = 128
@@ -57,8 +59,16 @@ def check_target(config: ModelConfig, settings: PruneSettings) -> None:
             f"--mlp-keep {settings.mlp_keep}: must be a multiple of {settings.width_multiple}, the width of a GPU's"
             " tiles (--width-multiple sets another)"
         )
+    if settings.swaps and settings.criterion != "osscar":
+        raise InputError(f"--swaps {settings.swaps}: goes with --criterion osscar, not {settings.criterion}")
     if settings.drop_layers >= config.num_layers:
         raise InputError(f"--drop-layers {settings.drop_layers}: leaves nothing of {config.num_layers} layers")
+
+
+def removes_anything(config: ModelConfig, settings: PruneSettings) -> bool:
+    """Whether a target leaves less of this model than there is, its vocabulary aside."""
+    keeps = ((settings.mlp_keep, config.mlp_width_by_layer), (settings.kv_groups_keep, config.kv_heads_by_layer))
+    return settings.drop_layers > 0 or any(keep is not None and keep < max(there) for keep, there in keeps)
 
 
 @dataclass(frozen=True)
@@ -75,8 +85,8 @@ def prune_model(config: RankerConfig, params: Params, calibration: Calibration, 
     """Returns the smaller model: layers are chosen on the dense model, then widths layer by layer on what is left.
 
     Raises:
-        InputError: as `check_target`, a parameter that is not finite, fewer calibration tokens than a layer has
-            neurons, or greedy depth without labels.
+        InputError: as `check_target`, a parameter that is not finite, fewer tokens of queries and items than a layer to
+            prune has inputs, a layer whose inputs are all zero on them, or greedy depth without labels.
     """
     check_target(config.model, settings)
     _check_finite(params)
@@ -84,22 +94,28 @@ def prune_model(config: RankerConfig, params: Params, calibration: Calibration, 
     everything = keep_all(config.model)
     keep_layers = choose_layers(settings.depth_criterion, config, params, calibration, settings.drop_layers)
     shallow, params = shrink(config.model, params, replace(everything, keep_layers=keep_layers))
+    kept = np.flatnonzero(keep_layers)
     masks, layers = keep_all(shallow), list[LayerReport]()
     if settings.mlp_keep is not None or settings.kv_groups_keep is not None:
         target = WidthTarget(
-            settings.mlp_keep, settings.kv_groups_keep, settings.criterion, settings.refit, settings.seed
+            settings.mlp_keep,
+            settings.kv_groups_keep,
+            settings.criterion,
+            settings.refit,
+            settings.swaps,
+            settings.seed,
         )
         with progress() as bar:
             task = bar.add_task("pruning layers", total=shallow.num_layers)
-            params, masks, layers = prune_widths(shallow, params, calibration, target, lambda: bar.advance(task))
+            params, masks, layers = prune_widths(
+                shallow, params, calibration, target, kept.tolist(), lambda: bar.advance(task)
+            )
     smaller, params = shrink(shallow, params, masks)
-    kept = np.flatnonzero(keep_layers)
     for whole, part in (
         (everything.keep_neurons, masks.keep_neurons),
         (everything.keep_kv_groups, masks.keep_kv_groups),
     ):
         whole[kept, : part.shape[1]] = part
-    layers = [replace(report, layer=int(kept[report.layer])) for report in layers]
     return Pruned(smaller, params, replace(everything, keep_layers=keep_layers), layers)
 
 
@@ -110,11 +126,13 @@ def _check_finite(params: Params) -> None:
 
 
 def _check_tokens(config: ModelConfig, calibration: Calibration, settings: PruneSettings) -> None:
-    inputs = max(config.mlp_width_by_layer)
+    inputs = 0
+    if settings.mlp_keep is not None:
+        inputs = max(config.mlp_width_by_layer)
     if settings.kv_groups_keep is not None:
         inputs = max(inputs, config.queries_per_kv * config.head_dim * max(config.kv_heads_by_layer))
-    if calibration.tokens < inputs:
+    if calibration.text_tokens < inputs:
         raise InputError(
-            f"calibration: {calibration.tokens} tokens say too little about the {inputs} inputs of a layer's output"
-            " projection: give at least one per input"
+            f"calibration: {calibration.text_tokens} tokens of queries and items say too little about the {inputs}"
+            " inputs of a layer's output projection: give at least one per input"
         )

@@ -11,6 +11,8 @@ over the W' whose rows are zero outside the kept groups. All D outputs share H, 
     loss of removing g = 1/2 tr(inv(Hinv_gg) W_g W_g^T),  Hinv -= Hinv_:g inv(Hinv_gg) Hinv_g:,
     W -= Hinv_:g inv(Hinv_gg) W_g
 
+`exchange` then swaps a kept group for a removed one as long as the same loss falls.
+
 Only W W^T enters the losses, so it is updated in place of W. Updates are kept as products and applied a block at a
 time: the numbers are those of one-at-a-time removal, at the speed of matrix products. Everything is float64.
 """
@@ -23,6 +25,9 @@ DAMPING = 0.01
 
 BLOCK = 64
 """Removed rows whose updates are applied together."""
+
+EXCHANGE_GAIN = 1e-10
+"""A swap must lower the loss by this share of the loss of removing everything: less is rounding."""
 
 Square = Float[np.ndarray, "A A"]
 Weight = Float[np.ndarray, "A D"]
@@ -70,6 +75,84 @@ def greedy(
     return np.isin(np.arange(len(weight_AD) // group_size), left), total
 
 
+def exchange(
+    hessian_AA: Square, weight_AD: Weight, group_size: int, keep: Bool[np.ndarray, " groups"], most: int
+) -> tuple[Bool[np.ndarray, " groups"], int]:
+    """Swaps a kept group for a removed one, each time the pair that lowers the loss most, until none does.
+
+    Cost: O(A^3 + A^2 D) once, O(A^2) per swap for single rows (O(A^2 group_size) otherwise), memory O(A^2).
+
+    Args:
+        keep: where to begin, as `greedy` returns it. most: swaps at most.
+
+    Returns:
+        Which groups stay, and how many swaps were made.
+    """
+    size, kept = group_size, keep.copy()
+    swept, products = _swept(hessian_AA, weight_AD, np.repeat(kept, size))
+    least_gain = EXCHANGE_GAIN * loss(hessian_AA, weight_AD, np.zeros_like(weight_AD))
+    for made in range(most):
+        inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
+        if not len(outside):
+            return kept, made
+        changes = _exchange_losses(swept, products, size, inside, outside)
+        removed, added = np.unravel_index(np.argmin(changes), changes.shape)
+        if changes[removed, added] > -least_gain:
+            return kept, made
+        for group, sign in ((int(inside[removed]), -1.0), (int(outside[added]), 1.0)):
+            _sweep(swept, products, slice(group * size, (group + 1) * size), sign)
+            kept[group] = sign > 0
+    return kept, most
+
+
+def _swept(hessian_AA: Square, weight_AD: Weight, rows: Bool[np.ndarray, " A"]) -> tuple[Square, Square]:
+    """Returns the Hessian swept on the kept rows S, and E E^T.
+
+    Swept is -inv(H_SS) within S, inv(H_SS) H_SR beside it, and among the others, R, the Schur complement C. E holds the
+    fitted weights of S and C W_R, what the removed rows would still explain.
+    """
+    inverse = np.linalg.inv(hessian_AA[np.ix_(rows, rows)])
+    across = inverse @ hessian_AA[np.ix_(rows, ~rows)]
+    complement = hessian_AA[np.ix_(~rows, ~rows)] - hessian_AA[np.ix_(~rows, rows)] @ across
+    swept, explained = np.empty_like(hessian_AA), np.empty_like(weight_AD)
+    swept[np.ix_(rows, rows)], swept[np.ix_(~rows, ~rows)] = -inverse, complement
+    swept[np.ix_(rows, ~rows)], swept[np.ix_(~rows, rows)] = across, across.T
+    explained[rows] = weight_AD[rows] + across @ weight_AD[~rows]
+    explained[~rows] = complement @ weight_AD[~rows]
+    return swept, explained @ explained.T
+
+
+def _sweep(swept: Square, products: Square, rows: slice, sign: float) -> None:
+    """Takes rows in (sign 1) or out (sign -1), in place: one update of the rank of a group for each array."""
+    pivot = np.linalg.inv(swept[rows, rows])
+    factor = swept[:, rows] @ pivot
+    swept -= factor @ swept[rows]
+    swept[:, rows], swept[rows], swept[rows, rows] = sign * factor, sign * factor.T, -pivot
+    factor[rows] = np.eye(len(pivot)) - sign * pivot
+    half = products[:, rows] - 0.5 * factor @ products[rows, rows]
+    products -= factor @ half.T
+    products -= half @ factor.T
+
+
+def _exchange_losses(
+    swept: Square, products: Square, size: int, inside: np.ndarray, outside: np.ndarray
+) -> Float[np.ndarray, "inside outside"]:
+    """By how much the loss changes when a kept group goes and a removed one comes back, for every pair."""
+    times = np.multiply if size == 1 else np.matmul  # the same for blocks of one number, and faster
+    shape = (len(swept) // size, size, len(swept) // size, size)
+    swept_gg, products_gg = (each.reshape(shape).transpose(0, 2, 1, 3) for each in (swept, products))
+    go, come = swept_gg[inside, inside][:, None], swept_gg[outside, outside]
+    go_products, come_products = products_gg[inside, inside][:, None], products_gg[outside, outside]
+    pairs = np.ix_(outside, inside)
+    across = swept_gg[pairs].transpose(1, 0, 2, 3)  # [inside, outside, size, size]
+    factor = times(across, np.linalg.inv(go))
+    gone = come - times(factor, across.transpose(0, 1, 3, 2))
+    cross = times(factor, products_gg[pairs].transpose(1, 0, 3, 2))
+    square = times(times(factor, go_products), factor.transpose(0, 1, 3, 2))
+    gone_products = come_products - cross - cross.transpose(0, 1, 3, 2) + square
+    return _removal_losses(-go, go_products) - _removal_losses(gone, gone_products)
+
+
 def _remove(
     inverse: Square, products: Square, size: int, count: int
 ) -> tuple[Bool[np.ndarray, " groups"], float, Float[np.ndarray, "A2 A2"], Float[np.ndarray, "A2 A2"]]:
@@ -111,8 +194,8 @@ def _remove(
 
 
 def _removal_losses(inverse_gg: np.ndarray, products_gg: np.ndarray) -> np.ndarray:
-    """The loss of removing each group alone, from the diagonal blocks [groups, size, size] of inverse and products."""
-    if inverse_gg.shape[1] == 1:
-        losses: np.ndarray = 0.5 * products_gg[:, 0, 0] / inverse_gg[:, 0, 0]
+    """1/2 tr(inv(Hinv_gg) W_g W_g^T) of each group, from blocks [..., size, size] of inverse and products."""
+    if inverse_gg.shape[-1] == 1:
+        losses: np.ndarray = 0.5 * products_gg[..., 0, 0] / inverse_gg[..., 0, 0]
         return losses
-    return 0.5 * np.trace(np.linalg.solve(inverse_gg, products_gg), axis1=1, axis2=2)
+    return 0.5 * np.trace(np.linalg.solve(inverse_gg, products_gg), axis1=-2, axis2=-1)

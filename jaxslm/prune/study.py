@@ -17,7 +17,7 @@ from jaxslm.evaluate.significance import paired_bootstrap
 from jaxslm.model.cost import count_parameters, linear_flops_per_token
 from jaxslm.prune.checkpoints import prune_checkpoint
 from jaxslm.prune.criteria import Criterion
-from jaxslm.prune.model import PruneSettings
+from jaxslm.prune.model import PruneSettings, removes_anything
 from jaxslm.score.scorer import Ranker
 from jaxslm.train.ranker import train_ranker
 from jaxslm.train.settings import RankerTraining, TeacherSettings
@@ -87,7 +87,7 @@ def prune_gradually(
     current = dense
     for number, (settings, share) in enumerate(stages(load_manifest(dense).ranker.model, target)):
         pruned, recovered = out / f"{number}-pruned", out / f"{number}-recovered"
-        if settings.mlp_keep or settings.drop_layers:
+        if removes_anything(load_manifest(current).ranker.model, settings):
             calibrated.prune(current, pruned, settings)
             recover(pruned, dense, recovered, recovery, share)
             current = recovered

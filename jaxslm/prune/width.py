@@ -1,6 +1,6 @@
 """Neurons and KV groups, layer by layer: each layer is pruned on the states that the pruned layers before it make."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxslm.config import ModelConfig
+from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.prune.calibrate import Calibration, embed, gather_statistics, layer_functions
 from jaxslm.prune.criteria import Criterion, Projection, PrunedProjection, prune_projection
@@ -23,6 +24,7 @@ class WidthTarget:
     kv_groups_keep: int | None = None
     criterion: Criterion = "osscar"
     refit: bool = True
+    swaps: int = 0
     seed: int = 0
 
 
@@ -44,21 +46,27 @@ def prune_widths(
     params: Params,
     calibration: Calibration,
     target: WidthTarget,
+    numbers: Sequence[int] | None = None,
     done: Callable[[], None] = lambda: None,
 ) -> tuple[Params, Masks, list[LayerReport]]:
     """Prunes every layer to the target, in order, KV groups before neurons.
 
     Args:
-        params: not changed. done: called after each layer.
+        params: not changed. numbers: what layers are called in reports and errors; 0, 1, ... if None.
+        done: called after each layer.
 
     Returns:
         The parameters, their output projections re-fitted, with zero rows for what was removed, in their own dtypes;
         the masks; a report per layer. `shrink` of these is the smaller model.
+
+    Raises:
+        InputError: all inputs of a projection are zero on the calibration tokens.
     """
     states = embed(params, calibration)
     pruned, masks, reports = dict(params), keep_all(config), []
     for layer in range(config.num_layers):
         name, functions, errors, dead = f"layers_{layer}", layer_functions(config, layer), {}, 0
+        number = layer if numbers is None else numbers[layer]
         for part, matrix, add, size, keep, mask in (
             ("attention", "o", functions.add_heads, config.queries_per_kv * config.head_dim, target.kv_groups_keep,
              masks.keep_kv_groups[layer]),
@@ -67,15 +75,22 @@ def prune_widths(
             if keep is None:
                 continue
             projection = _projection(add, pruned[name], pruned[name][part][matrix], states, calibration, size)
-            result = prune_projection(projection, target.criterion, keep, refit=target.refit, seed=target.seed + layer)
+            if not np.diagonal(projection.gram).any():
+                raise InputError(
+                    f"layer {number}: every {'neuron' if part == 'mlp' else 'head'} is zero on the calibration tokens;"
+                    " drop the layer, or calibrate with texts that use it"
+                )
+            result = prune_projection(
+                projection, target.criterion, keep, refit=target.refit, swaps=target.swaps, seed=target.seed + layer
+            )
             pruned[name] = _with_weight(pruned[name], part, matrix, result)
             mask[: projection.groups] = result.keep
             errors[f"{part}_error"] = result.error
             if part == "mlp":
                 dead = int(np.sum(np.diagonal(projection.gram) == 0))
-        for number, batch in enumerate(calibration.batches()):
-            states[number] = functions.forward(pruned[name], states[number], batch)
-        reports.append(LayerReport(layer, dead_neurons=dead, **errors))
+        for place, batch in enumerate(calibration.batches()):
+            states[place] = functions.forward(pruned[name], states[place], batch)
+        reports.append(LayerReport(number, dead_neurons=dead, **errors))
         done()
     return pruned, masks, reports
 

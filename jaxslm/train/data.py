@@ -21,7 +21,7 @@ import numpy as np
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.prompt import Prompt
-from jaxslm.train.data_settings import DataSettings, PairSettings, SourceSettings
+from jaxslm.train.data_settings import MAY_CHANGE, DataSettings, PairSettings, SourceSettings
 from jaxslm.train.lists import ListChooser, RankerLists, TokenList, TokenPair, TokenPairs, read_teacher_scores
 from jaxslm.train.packing import Batch, collate_lists, collate_pairs, fill
 from jaxslm.train.sources import Encoder, Order, Queries, TrainingData, read_training_data
@@ -117,13 +117,16 @@ class BatchIterator(Iterator[Batch], Generic[ExampleT]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on where `get_state` was called, in this or another process.
 
-        `workers`, `epochs` and the paths of the data may have changed since; nothing else may.
+        `workers`, `epochs` and the paths of the data and of stored teacher scores may have changed since; nothing else
+        may.
 
         Raises:
             InputError: the state is of other data, settings, prompt or number of hosts.
         """
         if state["fingerprint"] != self._fingerprint:
-            raise InputError("training data: items, queries, settings, prompt or hosts differ from the saved run's")
+            raise InputError(
+                "training data: items, queries, teacher scores, settings, prompt or hosts differ from the saved run's"
+            )
         self._pending = [self._examples[position] for position in state["pending"]]
         self._start(state["position"])
 
@@ -236,6 +239,7 @@ def ranker_batches(
     teacher = None
     if settings.teacher_requests is not None and settings.teacher_scores is not None:
         teacher = read_teacher_scores(Path(settings.teacher_requests), Path(settings.teacher_scores))
+    scores = "" if teacher is None else hashlib.sha256(repr(teacher).encode()).hexdigest()
     order = Order(settings, len(data.queries), host, hosts)
     choose = ListChooser(settings, data.catalogue, data.judged_rows)
     return BatchIterator(
@@ -246,7 +250,7 @@ def ranker_batches(
         collate=collate or (lambda chosen: collate_lists(chosen, settings)),
         tokens_per_batch=settings.tokens_per_batch,
         workers=settings.workers,
-        fingerprint=_fingerprint(settings, data.sha256 + prompt.sha256, host, hosts),
+        fingerprint=_fingerprint(settings, data.sha256 + prompt.sha256 + scores, host, hosts),
     )
 
 
@@ -321,7 +325,6 @@ class _Processes(Iterator[ExampleT]):
 
 
 def _fingerprint(settings: SourceSettings, data: str, host: int, hosts: int) -> str:
-    """Hash of all that decides which batches come in which order; not of paths, epochs and workers."""
-    elsewhere = {"items", "queries", "teacher_requests", "teacher_scores", "epochs", "workers"}
-    parts = (settings.model_dump_json(exclude=elsewhere), data, host, hosts)
+    """Hash of all that decides which batches come in which order; not of what `MAY_CHANGE`."""
+    parts = (settings.model_dump_json(exclude=set(MAY_CHANGE)), data, host, hosts)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -8,6 +8,9 @@ from jaxslm.config import Positive, Settings
 
 NonNegative = Annotated[int, Field(ge=0)]
 
+MAY_CHANGE = frozenset({"items", "queries", "teacher_requests", "teacher_scores", "epochs", "workers"})
+"""Settings of the data that a resumed run may change: what the files hold is compared instead of their paths."""
+
 
 class SourceSettings(Settings):
     """Where training queries come from and in which order.

@@ -2,13 +2,13 @@
 
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 
-from jaxslm.data_files import Item, read_items, read_queries
+from jaxslm.data_files import Item, Query, distinct_queries, items_by_id
 from jaxslm.evaluate.candidates import candidates
 from jaxslm.evaluate.metrics import has_relevant
 from jaxslm.evaluate.rerank import Score, evaluate_ranker, sample_queries
 from jaxslm.train.settings import EvaluationSettings
+from jaxslm.train.sources import read_source
 
 
 class HeldOut:
@@ -17,7 +17,8 @@ class HeldOut:
     def __init__(self, settings: EvaluationSettings | None) -> None:
         self._settings = settings
         if settings is not None:
-            self._items, self._queries = read_items(Path(settings.items)), read_queries(Path(settings.queries))
+            self._items = items_by_id(settings.items, read_source(settings.items, Item, streaming=False))
+            self._queries = distinct_queries(settings.queries, read_source(settings.queries, Query, streaming=False))
 
     @cached_property
     def candidates(self) -> list[Item]:

@@ -22,13 +22,19 @@ class RunLog:
         Of several hosts only the first writes.
         """
         self._writes = jax.process_index() == 0
+        self._held = set[str]()
         if not self._writes:
             return
         self._path = folder / "log.jsonl"
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= first_step]
+        self._held.update(*(json.loads(line) for line in kept if _step_of(line) == first_step))
         self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._events = EventFile(folder / "tensorboard") if tensorboard else None
+
+    def holds(self, name: str) -> bool:
+        """Whether the log had this number of update `first_step` when it was opened; False on hosts without it."""
+        return name in self._held
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Adds one line. Raises InputError when the disk takes no more."""

@@ -27,6 +27,7 @@ from jaxslm.checkpoint import Checkpoint, save_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.score.scorer import compute_dtype
+from jaxslm.train.data_settings import MAY_CHANGE
 from jaxslm.train.hosts import from_all_hosts
 from jaxslm.train.interrupt import StopWish, stop_signals
 from jaxslm.train.log import RunBar, RunLog, run_bar
@@ -177,22 +178,33 @@ class _Loop:
         """Runs updates until the last one or until a signal was caught on any host; saves in both cases."""
         settings = self._settings
         pending: _Update | None = None
+        self._evaluate_what_a_stop_left_out(bar)
         while self.step < settings.steps:
             update = self._update()
             # The previous update's numbers are read only now, so that the device never waits for the host.
             self._account(pending, bar)
             pending = update
             stop = any(from_all_hosts(wish.wished))
-            evaluate = settings.evaluation is not None and self._is_due(settings.evaluation.every)
+            evaluate = self._evaluation_is_due()
             if stop or evaluate or self._is_due(settings.save_every):
                 self._account(pending, bar)
                 pending = None
-                if evaluate and not stop:
+                # A stopped run evaluates when it goes on, a finished one never does.
+                if evaluate and (not stop or self.step == settings.steps):
                     self._evaluate(bar)
                 self._save()
                 self._clock = time.perf_counter()
             if stop:
                 return
+
+    def _evaluate_what_a_stop_left_out(self, bar: RunBar) -> None:
+        """The run began at an update whose evaluation is not in the log."""
+        if self.step > 0 and self._evaluation_is_due() and not from_all_hosts(self._log.holds(METRIC))[0]:
+            self._evaluate(bar)
+
+    def _evaluation_is_due(self) -> bool:
+        evaluation = self._settings.evaluation
+        return evaluation is not None and self._is_due(evaluation.every)
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self._settings.steps
@@ -236,7 +248,8 @@ class _Loop:
     def _stop_at(self, update: "_Update", numbers: dict[str, float]) -> None:
         ids = [self._task.batches.query_id(int(number)) for number in update.list_ids if number >= 0]
         path = self._folder / "not-finite.json"
-        path.write_text(json.dumps({"step": update.step, **numbers, "query_ids": ids}) + "\n", encoding="utf-8")
+        told = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}  # JSON has none
+        path.write_text(json.dumps({"step": update.step, **told, "query_ids": ids}) + "\n", encoding="utf-8")
         raise InputError(
             f"update {update.step}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}: training stopped,"
             f" the queries of the batch are in {path}, the last save is intact"
@@ -245,9 +258,9 @@ class _Loop:
     def _evaluate(self, bar: RunBar) -> None:
         with bar.evaluating():
             numbers = self._task.evaluate(self._whole(self._state["params"]))
-        self._log.write(self.step, numbers)
-        bar.evaluated(numbers[METRIC])
         self._snapshots.save_best(self.step, self._state["params"], numbers | {"step": float(self.step)})
+        self._log.write(self.step, numbers)  # after the save: what the log holds is not evaluated again
+        bar.evaluated(numbers[METRIC])
 
     def _save(self) -> None:
         self._snapshots.save(self.step, self._state, from_all_hosts(self._task.batches.get_state()))
@@ -283,20 +296,30 @@ def _claim(folder: Path, task: Task, settings: TrainingSettings) -> None:
     """Makes the training folder, or checks that it belongs to this run. The first host does it for all."""
     if jax.process_index() > 0:
         return
-    ours = {"kind": task.kind, "model_sha256": task.start.manifest.params_sha256, **settings.model_dump(mode="json")}
+    model = task.start.manifest.params_sha256
+    ours = {"kind": task.kind, "model_sha256": model, **settings.model_dump(mode="json")}
     path = folder / "settings.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with new_file(path) as staging:
             staging.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
+    former, now = (_flat(tree) for tree in (json.loads(path.read_text(encoding="utf-8")), ours))
+    may_change = {"save_every", "tensorboard", *(f"data.{name}" for name in MAY_CHANGE)}
+    for name in sorted((former.keys() | now.keys()) - may_change):
+        if former.get(name) != now.get(name):
             raise InputError(
-                f"{folder}: was begun with another {name} ({theirs.get(name)!r}, now {ours.get(name)!r}):"
+                f"{folder}: was begun with another {name} ({former.get(name)!r}, now {now.get(name)!r}):"
                 " go on with the former settings, name another output, or remove the folder"
             )
+
+
+def _flat(tree: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Settings by dotted name, as `--set` spells them."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{within}{name}.") if isinstance(value, dict) else {within + name: value}
+    return flat
 
 
 def saver(start: Checkpoint, kind: str) -> Save:

@@ -2,9 +2,12 @@
 
 import hashlib
 import itertools
+import logging
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,11 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from jaxslm.data_files import Item, Query, read_records
+from jaxslm.data_files import Item, Query, items_by_id, read_records
 from jaxslm.errors import InputError
 from jaxslm.train.data_settings import SourceSettings
 
 HUB = "hf://"
+_HUB_ID = re.compile(r"[\w-]+(/[\w.-]+)?/[\w-]+")
 ITEMS_PER_CALL = 1024
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -157,6 +161,8 @@ def read_source(where: str, kind: type[Record], *, streaming: bool) -> Iterator[
         InputError: as `read_records`; a hub name that is not of that form, cannot be found, or `datasets` is absent.
     """
     if not where.startswith(HUB):
+        if _HUB_ID.fullmatch(where) and not Path(where).exists():
+            raise InputError(f"{where}: no such file; a split of a hub data set is hf://owner/name/split")
         yield from read_records(Path(where), kind)
         return
     owner_and_name, _, split = where.removeprefix(HUB).rpartition("/")
@@ -167,7 +173,8 @@ def read_source(where: str, kind: type[Record], *, streaming: bool) -> Iterator[
     except ModuleNotFoundError:
         raise InputError(f"{where}: needs the package `datasets` (pip install 'jaxslm[train]')") from None
     try:
-        rows = datasets.load_dataset(owner_and_name, split=split, streaming=streaming)
+        with _quiet("huggingface_hub", "datasets"):
+            rows = datasets.load_dataset(owner_and_name, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{where}: cannot be loaded ({str(error).splitlines()[0]})") from error
     for number, row in enumerate(rows, start=1):
@@ -177,6 +184,20 @@ def read_source(where: str, kind: type[Record], *, streaming: bool) -> Iterator[
             problem = error.errors(include_url=False, include_context=False)[0]
             field = ".".join(str(part) for part in problem["loc"])
             raise InputError(f"{where}: row {number}: {field}: {problem['msg']}") from None
+
+
+@contextmanager
+def _quiet(*libraries: str) -> Iterator[None]:
+    """Holds back the warnings of libraries that raise what they warn of, too: each retry of a request, for example."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -204,13 +225,7 @@ def read_training_data(settings: SourceSettings, encoder: Encoder) -> TrainingDa
         InputError: as `read_source`; a repeated id, an unknown item id, an item without text, or what the encoder
             refuses.
     """
-    items: dict[str, Item] = {}
-    for item in read_source(settings.items, Item, streaming=settings.streaming):
-        if item.id in items:
-            raise InputError(f"{settings.items}: item id {item.id!r} appears twice")
-        items[item.id] = item
-    if not items:
-        raise InputError(f"{settings.items}: holds no records")
+    items = items_by_id(settings.items, read_source(settings.items, Item, streaming=settings.streaming))
     catalogue = Catalogue(items, encoder)
     digest = hashlib.sha256(catalogue.flat.tobytes())
 

@@ -18,6 +18,7 @@ from tests.compress.tiny_compressor import compressor_checkpoint
 from tests.items.fakes import DTYPES, FakeEncoder, identity, items, packed
 from tests.test_cli import Run
 from tests.test_cli import run as run  # noqa: PLC0414 (a fixture)
+from tests.tiny import tiny_checkpoint, tiny_config
 
 
 @pytest.fixture
@@ -245,6 +246,33 @@ def test_bad_input_leaves_no_store(run: Run, fake_encoder: FakeEncoder, tmp_path
     code, _, stderr = run("encode", "--model", "model", "--items", file, "--store", tmp_path / "store")
     assert (code, stderr) == (2, f"jaxslm: error: {file}: item id 'item-0' appears twice\n")
     assert not (tmp_path / "store").exists()
+
+
+def test_a_model_or_k_that_does_not_fit_leaves_no_store(run: Run, tmp_path: Path) -> None:
+    file = write_items(tmp_path / "items.jsonl", *items(3))
+    checkpoint = compressor_checkpoint(tmp_path / "compressor")
+    plain = tiny_checkpoint(tmp_path / "plain", tiny_config(num_layers=1))
+    arguments = ("encode", "--items", file, "--store", tmp_path / "store")
+    for options, message in (
+        (("--model", checkpoint, "--k", 8), "k = 8: this compressor was trained for 1, 2, 4"),
+        (("--model", plain), "compressor"),
+        (("--model", tmp_path / "absent"), "not a checkpoint"),
+    ):
+        code, _, stderr = run(*arguments, *options)
+        assert (code, len(stderr.splitlines())) == (2, 1)
+        assert message in stderr
+        assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(("ks", "expected"), [((1, 2, 4, 8, 16), "8"), ((1, 2, 4), "4"), ((16, 32), "16")])
+def test_the_default_is_the_largest_k_up_to_eight(
+    run: Run, fake_encoder: FakeEncoder, tmp_path: Path, ks: tuple[int, ...], expected: str
+) -> None:
+    fake_encoder.ks = ks
+    file = write_items(tmp_path / "items.jsonl", *items(3))
+    _, summary, _ = run("encode", "--model", "model", "--items", file, "--store", tmp_path / "store")
+    assert summary is not None
+    assert summary["stores"] == {expected: str(tmp_path / "store")}
 
 
 def test_a_real_compressor_fills_a_store(run: Run, tmp_path: Path) -> None:

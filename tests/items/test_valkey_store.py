@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import redis
 
+from jaxslm.compress.catalogue import encode_catalogue
 from jaxslm.items.store import StoreUnavailable, open_store
+from tests.items.fakes import FakeEncoder, items
 
 
 def test_prefixes_keep_stores_apart(server: int) -> None:
@@ -36,6 +39,25 @@ def test_records_are_gone_after_their_time(server: int) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert stay.get(["a"]) == [b"1"]
+
+
+def test_encoding_again_keeps_what_is_unchanged_alive(server: int) -> None:
+    """A catalogue that is encoded more often than its records expire stays whole."""
+    url = f"redis://127.0.0.1:{server}/3"
+    with open_store(f"{url}?ttl_s=3") as store:
+        encode_catalogue(FakeEncoder(), items(5), {2: store}, dtype="int8")
+        with redis.Redis(port=server, db=3) as client:
+            assert all(client.expire(key, 1) for key in client.scan_iter())
+            summary = encode_catalogue(FakeEncoder(), items(4), {2: store}, dtype="int8")
+            assert (summary.encoded, summary.unchanged) == (0, 4)
+            left = {item: client.ttl(f"jaxslm:{item}") for item in store.ids()}
+        assert all(left[item.id] >= 2 for item in items(4))
+        assert left.get("item-4", 0) <= 1
+    with open_store(url) as store:
+        store.put({"stays": b"1"})
+        store.renew(["stays", "item-0", "none", ""])
+        with redis.Redis(port=server, db=3) as client:
+            assert client.ttl("jaxslm:stays") == -1
 
 
 def test_a_password_opens_and_is_never_shown(start_server: Callable[..., int]) -> None:

@@ -111,6 +111,8 @@ BAD_TARGETS: list[tuple[dict[str, Any], str]] = [
     ({"kv_groups_keep": 3}, "--kv-groups-keep 3: is above the 2 of a layer's KV groups"),
     ({"drop_layers": 3}, "--drop-layers 3: leaves nothing of 3 layers"),
     ({"mlp_keep": None, "drop_layers": 0}, "nothing to prune"),
+    ({"mlp_keep": 48, "kv_groups_keep": 2, "drop_layers": 0}, "nothing to prune"),
+    ({"swaps": 3, "criterion": "wanda"}, "--swaps 3: goes with --criterion osscar, not wanda"),
     ({"depth_criterion": "greedy"}, "greedy: needs labels"),
     ({"drop_layers": 2, "depth_criterion": "keep-last-2"}, "cannot drop 2 layers before the last 2"),
 ]
@@ -127,17 +129,52 @@ def test_targets_that_are_refused(tmp_path: Path, folder: Path, changes: dict[st
     ("content", "message"),
     [
         ("", "calibration.jsonl: holds no records"),
-        ('{"query": "a", "items": [{"text": "b"}]}\n', r"calibration: \d+ tokens say too little about the 480 inputs"),
+        (
+            '{"query": "a", "items": [{"text": "b"}]}\n',
+            r"calibration: [24] tokens of queries and items .* the 24 inputs",
+        ),
         ('{"query": "a"}\n', "line 1: items: Field required"),
     ],
 )
 def test_calibration_that_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    dense = tiny_checkpoint(tmp_path / "dense", tiny_config(num_layers=2, mlp_width=480), **PROMPT)
+    dense = tiny_checkpoint(tmp_path / "dense", tiny_config(num_layers=2, mlp_width=24), **PROMPT)
     file = tmp_path / "calibration.jsonl"
     file.write_text(content)
     with pytest.raises(InputError, match=message):
-        prune_checkpoint(dense, file, tmp_path / "out", settings())
+        prune_checkpoint(dense, file, tmp_path / "out", settings(mlp_keep=16))
     assert not (tmp_path / "out").exists()
+
+
+def test_two_tokens_are_enough_where_nothing_is_fitted(tmp_path: Path, folder: Path) -> None:
+    file = tmp_path / "calibration.jsonl"
+    file.write_text('{"query": "a", "items": [{"text": "b"}]}\n')
+    result = prune_checkpoint(folder / "dense", file, tmp_path / "out", settings(mlp_keep=None))
+    assert result["after"]["layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "matrix", "changes", "what"),
+    [("mlp", "up", {}, "neuron"), ("attention", "v", {"mlp_keep": None, "kv_groups_keep": 1}, "head")],
+)
+def test_a_layer_that_is_dead_on_the_calibration_is_named(
+    tmp_path: Path, folder: Path, part: str, matrix: str, changes: dict[str, Any], what: str
+) -> None:
+    """By its number in the model that is pruned: layer 1 goes, layer 2 is the dead one."""
+    dense = load_checkpoint(folder / "dense")
+    params = tiny_params(dense.config.model)
+    params["layers_2"][part][matrix] *= 0
+    save_checkpoint(tmp_path / "dead", dense.config, params, dense.tokenizer_files, source="x")
+    chosen = settings(depth_criterion="keep-last-1", **changes)
+    with pytest.raises(InputError, match=rf"^layer 2: every {what} is zero on the calibration tokens; [^\n]*$"):
+        prune_checkpoint(tmp_path / "dead", folder / "requests.jsonl", tmp_path / "out", chosen)
+    assert not (tmp_path / "out").exists()
+
+
+def test_swaps_fit_better_and_are_on_record(tmp_path: Path, folder: Path, result: dict[str, Any]) -> None:
+    swapped = prune_checkpoint(folder / "dense", folder / "requests.jsonl", tmp_path / "out", settings(swaps=10))
+    assert swapped["layers"][0]["mlp_error"] <= result["layers"][0]["mlp_error"]
+    assert "swaps 10" in load_manifest(tmp_path / "out").source
+    assert "swaps" not in load_manifest(folder / "pruned").source
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -45,6 +45,18 @@ def test_osscar_loses_least_where_inputs_are_redundant() -> None:
     assert min(errors, key=lambda name: errors[name]) == "osscar"
 
 
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_swaps_lower_the_error_and_none_are_the_default(group_size: int) -> None:
+    problems = [projection(12 * group_size, group_size, seed) for seed in range(12)]
+    plain = [prune_projection(whole, "osscar", whole.groups // 3) for whole in problems]
+    zero, swapped = (
+        [prune_projection(whole, "osscar", whole.groups // 3, swaps=swaps) for whole in problems] for swaps in (0, 20)
+    )
+    for default, none in zip(plain, zero, strict=True):
+        np.testing.assert_array_equal(default.weight, none.weight)
+    assert sum(each.error for each in swapped) < sum(each.error for each in plain)
+
+
 def test_relative_error_is_that_of_the_outputs() -> None:
     generator = np.random.default_rng(0)
     x, weight = generator.standard_normal((50, 6)), generator.standard_normal((6, 3))

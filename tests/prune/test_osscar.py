@@ -1,13 +1,13 @@
 """OSSCAR on tiny problems, against brute force in float64."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxslm.prune.osscar import BLOCK, damped, greedy, least_squares, loss
+from jaxslm.prune.osscar import BLOCK, damped, exchange, greedy, least_squares, loss
 
 
 def problem(
@@ -88,6 +88,53 @@ def test_greedy_is_close_to_the_best_of_all_choices(seed: int) -> None:
     assert keep.sum() == 4
     assert min(losses) <= predicted * (1 + 1e-9)
     assert predicted <= np.median(losses)
+
+
+def exchanged_loss(hessian: np.ndarray, weight: np.ndarray, keep: np.ndarray, size: int, most: int) -> float:
+    after, made = exchange(hessian, weight, size, keep, most)
+    assert after.sum() == keep.sum()
+    assert (after & ~keep).sum() <= made <= most
+    return fitted_loss(hessian, weight, after, size)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=sizes, data=st.data())
+def test_each_swap_is_the_best_of_all_pairs(sizes: tuple[int, int, int], data: st.DataObject) -> None:
+    """From any choice; every pair is tried from scratch, and the loss is never higher than before."""
+    size, groups, seed = sizes
+    _, hessian, weight = problem(size * groups, seed)
+    keep = np.zeros(groups, bool)
+    keep[data.draw(st.permutations(range(groups)))[: data.draw(st.integers(1, groups - 1))]] = True
+    before, trials = fitted_loss(hessian, weight, keep, size), []
+    for gone in np.flatnonzero(keep):
+        for back in np.flatnonzero(~keep):
+            trial = keep.copy()
+            trial[gone], trial[back] = False, True
+            trials.append(fitted_loss(hessian, weight, trial, size))
+    losses = [exchanged_loss(hessian, weight, keep, size, most) for most in range(6)]
+    assert losses[0] == before
+    assert losses[1] == pytest.approx(min(before, *trials), rel=1e-6)
+    assert all(after <= former * (1 + 1e-9) for former, after in pairwise(losses))
+
+
+def test_swaps_reach_the_best_of_all_choices_more_often() -> None:
+    best = {"greedy": 0, "swaps": 0}
+    for seed in range(40):
+        _, hessian, weight = problem(8, seed)
+        choices = (np.isin(np.arange(8), chosen) for chosen in combinations(range(8), 4))
+        least = min(fitted_loss(hessian, weight, choice, 1) for choice in choices) * (1 + 1e-9)
+        keep, predicted = greedy(hessian, weight, 1, 4)
+        found = exchanged_loss(hessian, weight, keep, 1, 20)
+        assert predicted > least or found <= least
+        best["greedy"] += predicted <= least
+        best["swaps"] += found <= least
+    assert best["swaps"] > best["greedy"]
+
+
+def test_nothing_to_swap_with() -> None:
+    _, hessian, weight = problem(6)
+    keep, made = exchange(hessian, weight, 2, np.ones(3, bool), 5)
+    assert (keep.all(), made) == (True, 0)
 
 
 def test_a_duplicate_costs_nothing() -> None:

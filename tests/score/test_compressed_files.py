@@ -46,6 +46,12 @@ def store(tmp_path: Path, checkpoint: Path, vectors: np.ndarray) -> Path:
     return fill(tmp_path / "store", load_encoder(checkpoint).identity, vectors)
 
 
+@pytest.fixture
+def stale(vectors: np.ndarray) -> bytes:
+    """A record for another model."""
+    return pack_record(Record(RecordIdentity("1" * 64, "2" * 64, "3" * 64), vectors[0], "0" * 64), "float32")
+
+
 def run(*arguments: Any) -> int:
     """Runs the command line in this process; returns its exit code."""
     with pytest.MonkeyPatch.context() as patched:
@@ -82,9 +88,8 @@ def test_buckets_fitted_to_texts_serve_vectors_too(
 
 
 def test_items_by_id_score_as_in_memory_and_others_say_why_not(
-    tmp_path: Path, checkpoint: Path, ranker: Ranker, vectors: np.ndarray, store: Path, capsys: Any
+    tmp_path: Path, checkpoint: Path, ranker: Ranker, vectors: np.ndarray, store: Path, stale: bytes, capsys: Any
 ) -> None:
-    stale = pack_record(Record(RecordIdentity("1" * 64, "2" * 64, "3" * 64), vectors[0], "0" * 64), "float32")
     with open_store(str(store)) as opened:
         [good] = opened.get(["a"])
         assert good is not None
@@ -128,17 +133,22 @@ def test_arguments_that_do_not_fit(tmp_path: Path, checkpoint: Path, store: Path
     assert "items.0.id: needed to find the item in the store" in capsys.readouterr().err
 
 
-def write_data(folder: Path, ids: list[str]) -> Path:
+def write_data(folder: Path, ids: list[str], queries: int = 1) -> Path:
+    """Items and queries; the first query judges item "a", the last ones also what has no record of its own."""
     folder.mkdir()
     items = [{"id": item_id, "text": TEXTS.get(item_id, "baker")} for item_id in ids]
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    query = {"query_id": "q", "query": "python", "items": [{"id": "a", "label": 1.0}]}
-    (folder / "dev.jsonl").write_text(json.dumps(query) + "\n")
+    judged = [["a"], ["b", "e", "f"], ["a", "e", "g", "h", "s"]]
+    rows = [
+        {"query_id": f"q{number}", "query": "python", "items": [{"id": each, "label": 1.0} for each in judged[number]]}
+        for number in range(queries)
+    ]
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def test_an_evaluation_is_of_all_candidates_or_none(
-    tmp_path: Path, checkpoint: Path, ranker: Ranker, vectors: np.ndarray, store: Path, capsys: Any
+def test_an_evaluation_scores_what_the_store_has(
+    tmp_path: Path, checkpoint: Path, ranker: Ranker, vectors: np.ndarray, store: Path
 ) -> None:
     arguments = ("--model", checkpoint, "--mode", "compressed", "--store", store, "--candidates", 4)
     data = write_data(tmp_path / "data", list(TEXTS))
@@ -146,7 +156,18 @@ def test_an_evaluation_is_of_all_candidates_or_none(
     scores = {line.split()[2]: float(line.split()[4]) for line in (tmp_path / "run").read_text().splitlines()}
     expected = ranker.score_vectors("python", vectors).log_odds
     np.testing.assert_allclose([scores[item_id] for item_id in TEXTS], expected, atol=1e-5)
-    more = write_data(tmp_path / "more", [*TEXTS, "e"])
-    capsys.readouterr()
-    assert run("eval", *arguments[:-1], 5, "--data", more) == 2
-    assert "item 'e' is not found, 1 of 5 candidates cannot be scored" in capsys.readouterr().err
+
+
+def test_what_cannot_be_evaluated_is_told_whole_and_first(
+    tmp_path: Path, checkpoint: Path, store: Path, stale: bytes, capsys: Any, monkeypatch: Any
+) -> None:
+    """Every reason with its number and its first ids, in one line, over all queries, before anything is scored."""
+    data = write_data(tmp_path / "data", [*TEXTS, *"efghs"], queries=3)
+    with open_store(str(store)) as opened:
+        opened.put({"s": stale})
+    monkeypatch.setattr(Ranker, "score_vectors", lambda *arguments: pytest.fail("must not score"))
+    arguments = ("--model", checkpoint, "--mode", "compressed", "--store", store, "--candidates", 0)
+    assert run("eval", *arguments, "--data", data, "--run-out", tmp_path / "run") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "5 of 7 candidates cannot be scored: 4 not found ('e', 'f', 'g', ...), 1 stale ('s'); `jaxslm enc" in line
+    assert not (tmp_path / "run").exists()

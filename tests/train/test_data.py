@@ -198,6 +198,22 @@ def test_a_state_of_another_run_is_refused(folder: Path, changes: dict[str, Any]
         ranker(folder, **changes).set_state(ranker(folder).get_state())
 
 
+def test_a_state_of_other_teacher_scores_is_refused(folder: Path, tmp_path: Path) -> None:
+    """The paths of stored scores may change, what they hold may not."""
+
+    def taught(name: str, logit: float) -> BatchIterator[Any]:
+        requests, scores = tmp_path / f"{name}-requests.jsonl", tmp_path / f"{name}-scores.jsonl"
+        write_lines(requests, [{"query": "python 0", "items": [{"id": "i0", "text": "a"}]}])
+        write_lines(scores, [{"scores": [0.5], "logits": [logit], "truncated": [False]}])
+        return ranker(folder, teacher_requests=str(requests), teacher_scores=str(scores))
+
+    state = taught("first", 1.0).get_state()
+    taught("moved", 1.0).set_state(state)
+    for other in (taught("other", 2.0), ranker(folder)):
+        with pytest.raises(InputError, match=r"teacher scores, .* differ from the saved run's"):
+            other.set_state(state)
+
+
 def test_worker_processes_change_nothing(folder: Path) -> None:
     plain, parallel = ranker(folder), ranker(folder, workers=2)
     assert_same(take(plain, 5), take(parallel, 5))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,10 @@ def losses_of(out: Path) -> list[float]:
     return [line["loss"] for line in log_of(out) if "loss" in line]
 
 
+def evaluations_of(out: Path) -> list[dict[str, Any]]:
+    return [line for line in log_of(out) if "ndcg_at_10" in line]
+
+
 def same_parameters(left: Path, right: Path) -> bool:
     return load_checkpoint(left).manifest.params_sha256 == load_checkpoint(right).manifest.params_sha256
 
@@ -119,6 +124,26 @@ def test_a_stopped_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, monkeypatc
     assert train_ranker(settings, tmp_path / "parts").finished
     assert same_parameters(tmp_path / "whole", tmp_path / "parts")
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
+    # The evaluation that was due at update 3 is made up for.
+    assert evaluations_of(tmp_path / "whole") == evaluations_of(tmp_path / "parts")
+
+
+def test_a_stop_during_the_last_update_lets_the_run_finish(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The last update is evaluated all the same; one that an earlier release left without is evaluated on resuming."""
+    one_device(monkeypatch)
+    settings = toy_ranker(toy, *SHORT, "evaluation.every=100")
+    assert train_ranker(settings, tmp_path / "whole").finished
+    with monkeypatch.context() as patched:
+        stop_after(patched, 6)
+        assert train_ranker(settings, tmp_path / "stopped").finished
+    assert same_parameters(tmp_path / "whole", tmp_path / "stopped")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Loop, "_evaluate", lambda self, bar: None)
+        with pytest.raises(InputError, match=r"best/None"):
+            train_ranker(settings, tmp_path / "left")
+    assert train_ranker(settings, tmp_path / "left").finished
+    assert same_parameters(tmp_path / "whole", tmp_path / "left")
+    assert evaluations_of(tmp_path / "whole") == evaluations_of(tmp_path / "left")
 
 
 def test_a_run_of_one_device_goes_on_with_eight(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -151,8 +176,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_queries(
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"update 4: loss nan|update 4: loss inf"):
         train_ranker(toy_ranker(toy, *SHORT), out)
-    told = json.loads((training_folder(out) / "not-finite.json").read_text())
+    content = (training_folder(out) / "not-finite.json").read_text()
+    told = json.loads(content, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert told["step"] == 4
+    assert told["loss"] in ("nan", "inf")
     assert all(name.startswith("train-") for name in told["query_ids"])
     assert len(log_of(out)) == 4  # three updates and an evaluation
     monkeypatch.setattr(loop, "put_batch", put_batch)
@@ -186,15 +213,39 @@ def test_another_run_in_the_same_place_is_refused(toy: Path, tmp_path: Path, mon
         train_ranker(toy_ranker(toy, *SHORT), out)
     with pytest.raises(InputError, match=r"out.training: was begun with another steps \(6, now 7\)"):
         train_ranker(toy_ranker(toy, *SHORT, "steps=7"), out)
+    with pytest.raises(InputError, match=r"another optimiser.learning_rate \(0.003, now 0.5\): go on with"):
+        train_ranker(toy_ranker(toy, *SHORT, "optimiser.learning_rate=0.5"), out)
     out.mkdir()
     with pytest.raises(InputError, match="exists"):
         train_ranker(toy_ranker(toy, *SHORT), out)
 
 
+def test_what_does_not_decide_the_batches_may_change(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """How often it saves, and where the data lies; the data itself may not."""
+    one_device(monkeypatch)
+    settings = toy_ranker(toy, *SHORT)
+    train_ranker(settings, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        train_ranker(settings, tmp_path / "parts")
+    moved = shutil.copytree(toy, tmp_path / "moved")
+    paths = (f"data.items={moved}/items.jsonl", f"data.queries={moved}/train.jsonl")
+    elsewhere = toy_ranker(toy, *SHORT, *paths, "save_every=5", "tensorboard=true", "data.epochs=9")
+    content = (moved / "train.jsonl").read_text()
+    (moved / "train.jsonl").write_text(content.replace("red", "blue", 1))
+    with pytest.raises(InputError, match=r"training data: items, queries, .* differ from the saved run's"):
+        train_ranker(elsewhere, tmp_path / "parts")
+    (moved / "train.jsonl").write_text(content)
+    assert train_ranker(elsewhere, tmp_path / "parts").finished
+    assert same_parameters(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_data_that_ends_early_is_told(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     one_device(monkeypatch)
-    with pytest.raises(InputError, match="data: ended after 15 of 60 updates"):
-        train_ranker(toy_ranker(toy, "data.epochs=1", "layers=1", "remat=false"), tmp_path / "out")
+    shape = ("steps=20", "evaluation.every=20", "layers=1", "remat=false")
+    with pytest.raises(InputError, match=r"data: ended after 15 of 20 updates: raise data.epochs"):
+        train_ranker(toy_ranker(toy, "data.epochs=1", *shape), tmp_path / "out")
+    assert train_ranker(toy_ranker(toy, "data.epochs=2", *shape), tmp_path / "out").finished
 
 
 def test_teacher_on_the_fly(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,5 +1,6 @@
 """Where training data comes from: formats, hub names, stored teacher scores, and everything that is refused."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxslm.config import validate
 from jaxslm.errors import InputError
+from jaxslm.train.heldout import HeldOut
+from jaxslm.train.settings import EvaluationSettings
 from tests.train.graded import (
     JUDGED,
     assert_same,
@@ -50,6 +54,53 @@ def test_hub_names_are_read_by_datasets(
         ranker(folder, items="hf://owner/items/absent")
     with pytest.raises(InputError, match=r"^hf://owner/queries/train: row 1: id: "):
         ranker(folder, items="hf://owner/queries/train")
+
+
+def test_evaluation_reads_the_same_sources(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    for name in ("items", "queries"):
+        (tmp_path / "owner" / name).mkdir(parents=True)
+        (tmp_path / "owner" / name / "train.jsonl").write_bytes((folder / f"{name}.jsonl").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    paths = {"items": str(folder / "items.jsonl"), "queries": str(folder / "queries.parquet")}
+    hub = {"items": "hf://owner/items/train", "queries": "hf://owner/queries/train"}
+    local, remote = (
+        HeldOut(validate(EvaluationSettings, {"every": 1, "k": 3} | where, "test")).candidates for where in (paths, hub)
+    )
+    assert local == remote
+    assert len(local) > JUDGED
+    with pytest.raises(InputError, match=r"hf://owner/items/absent: cannot be loaded"):
+        HeldOut(validate(EvaluationSettings, {"every": 1} | hub | {"items": "hf://owner/items/absent"}, "test"))
+
+
+@pytest.mark.parametrize("name", ["nobody/none", "owner/a.name/train"])
+def test_a_bare_hub_id_is_told_how_to_be_written(folder: Path, name: str) -> None:
+    with pytest.raises(InputError, match=rf"^{name}: no such file; a split of a hub data set is hf://owner/name/split"):
+        ranker(folder, items=name)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the libraries warn of at each retry is not shown; they are as loud as before afterwards."""
+    datasets = pytest.importorskip("datasets")
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub.utils._http", "datasets.load")]
+    shown: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", shown.append)
+    for logger in loggers:
+        monkeypatch.setattr(logger, "handlers", [handler])
+
+    def unreachable(*arguments: Any, **options: Any) -> None:
+        for logger in loggers:
+            logger.warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("Couldn't reach 'nobody/none' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    before = [logger.isEnabledFor(logging.WARNING) for logger in loggers]
+    with pytest.raises(InputError, match=r"^hf://nobody/none/train: cannot be loaded \([^\n]*\)$"):
+        ranker(folder, items="hf://nobody/none/train")
+    assert shown == []
+    assert [logger.isEnabledFor(logging.WARNING) for logger in loggers] == before == [True, True]
 
 
 def test_hub_names_need_datasets_and_a_split(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
