@@ -38,7 +38,8 @@ class EvaluationSettings(Settings):
     """Held-back queries that choose the best checkpoint.
 
     Attributes:
-        items, queries: files, or `hf://owner/name/split`. limit: queries taken, chosen by hash. k: length of the BM25 candidate list.
+        items, queries: files, or `hf://owner/name/split`. limit: queries taken, chosen by hash. k: length of the BM25
+            candidate list.
         every: updates between evaluations; the last update is always evaluated.
     """
 
