@@ -9,7 +9,7 @@ Nothing is guessed: hashes of parameters, tokenizer and prompt are checked at ev
 whenever they are asked for.
 """
 
-import gc
+import errno
 import hashlib
 import json
 import logging
@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -162,7 +163,9 @@ def save_checkpoint(
         (folder / "tokenizer").mkdir()
         for name, content in tokenizer_files.items():
             (folder / "tokenizer" / name).write_bytes(content)
-        for name, tree in {"params": params, **extra}.items():
+        items = {"params": params, **extra}
+        _check_room(path, folder, items)
+        for name, tree in items.items():
             with _disk_errors(path):
                 _save_item(folder / name, tree)
         manifest = Manifest(
@@ -270,9 +273,18 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
+def _check_room(path: Path, folder: Path, items: Mapping[str, Tree]) -> None:
+    """Refuses what the disk has no room for before Orbax begins, whose writes end badly if they fail half-way."""
+    if sum(leaf.nbytes for leaf in jax.tree.leaves(items)) > shutil.disk_usage(folder).free:
+        raise cannot_write(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
+WRITES_END_S = 0.5
+
+
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """A write by Orbax that fails is one InputError; what its threads and callbacks print beside it is not shown."""
+    """A write by Orbax that fails is an InputError; what its threads and callbacks print meanwhile is not shown."""
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -281,10 +293,10 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:  # of a full disk TensorStore makes any of these
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        told = cannot_write(path, OSError(int(code[1]), os.strerror(int(code[1]))) if code else error)
-        error.__traceback__ = None
-        gc.collect()  # writes that were under way would complain when the program ends
-        raise told from None
+        # Orbax returns at the first error and cannot wait for its other writes, which would make files anew in a folder
+        # that is being removed. The error keeps what they still use: their threads call back into Python.
+        time.sleep(WRITES_END_S)
+        raise cannot_write(path, OSError(int(code[1]), os.strerror(int(code[1]))) if code else error) from error
     finally:
         sys.unraisablehook = hook
         logger.setLevel(level)

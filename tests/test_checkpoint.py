@@ -1,9 +1,10 @@
 """Checkpoints: bit-equal through save and load on any number of devices; damage is refused with one line."""
 
 import json
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxslm.checkpoint import copy_calibrated, load_checkpoint, load_manifest, params_sha256, save_checkpoint
-from jaxslm.config import Calibration
+from jaxslm.checkpoint import load_checkpoint, load_manifest, params_sha256, save_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from tests.tiny import TINY_CONFIGS, tiny_checkpoint, tiny_config, tiny_params, tiny_ranker_config, tiny_tokenizer_json
@@ -310,27 +310,45 @@ def test_parameters_that_do_not_fit_are_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Files of this process may have 20 kB: less than the parameters, more than the tokenizer."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_480, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.usefixtures("small_files")
-def test_a_full_disk_is_one_line(tmp_path: Path, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Whoever writes the file that does not fit: Orbax, or a copy of what there is."""
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_ranker_config(tiny_config(num_layers=1))
     params = tiny_params(config.model)
-    for more in ({"more.txt": b"x" * 30_000}, {}):
-        with pytest.raises(InputError, match=r"ckpt: cannot write it \(File too large\)$"):
-            save_checkpoint(tmp_path / "ckpt", config, params, TOKENIZER | more, source="random")
-    with pytest.raises(InputError, match=r"copy: cannot write it \(File too large\)$"):
-        copy_calibrated(saved, tmp_path / "copy", Calibration(), {})
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(size, 1, size - 1))  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"ckpt: cannot write it \(No space left on device\)$"):
+        save_checkpoint(tmp_path / "ckpt", config, params, TOKENIZER, source="random")
     assert list(tmp_path.iterdir()) == []
-    assert capfd.readouterr().err == ""
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from jaxslm.checkpoint import copy_calibrated, load_checkpoint, save_checkpoint
+from jaxslm.config import Calibration
+from jaxslm.errors import InputError
+source, out = map(Path, sys.argv[1:])
+saved = load_checkpoint(source)
+files = {"tokenizer.json": (source / "tokenizer" / "tokenizer.json").read_bytes()}
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_480, 20_480))  # less than the parameters, more than the tokenizer
+more = files | {"more.txt": b"x" * 30_000}
+for save in (
+    lambda: save_checkpoint(out / "ckpt", saved.config, saved.params, more, source="random"),
+    lambda: save_checkpoint(out / "ckpt", saved.config, saved.params, files, source="random"),
+    lambda: copy_calibrated(source, out / "copy", Calibration(), {}),
+):
+    try:
+        save()
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_a_write_that_fails_is_told_by_its_path(tmp_path: Path, saved: Path) -> None:
+    """Of a tokenizer's file, by Orbax, and of a copy. In a process of its own, whose files may not be large."""
+    ran = subprocess.run([sys.executable, "-c", LIMITED, saved, tmp_path], capture_output=True, text=True, check=True)
+    said = [f"{tmp_path / name}: cannot write it (File too large)" for name in ("ckpt", "ckpt", "copy")]
+    assert ran.stdout.splitlines() == said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_save_leaves_nothing(tmp_path: Path) -> None:
