@@ -65,7 +65,9 @@ def default_buckets(platform: str) -> BucketConfig:
 
 
 def with_vectors(config: BucketConfig, platform: str, compressor: CompressorConfig, longest_row: int) -> BucketConfig:
-    """Returns the configuration with shapes for items of embedding tokens, for each k of the compressor that has none.
+    """Returns the configuration with shapes for items of embedding tokens, for each k of the compressor.
+
+    Where it has such shapes already it stays as it is: they are a choice of some k.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
@@ -74,7 +76,9 @@ def with_vectors(config: BucketConfig, platform: str, compressor: CompressorConf
     sizes = (128, 256, 512, 1024) if platform == "cpu" else (512, 2048, 8192)
     edges = [*(edge for edge in PREFIX_EDGES if edge < longest_row), longest_row]
     buckets = list(config.buckets)
-    for k in sorted(set(compressor.ks) - {bucket.vectors_per_item for bucket in buckets}):
+    if any(bucket.vectors_per_item for bucket in buckets):
+        return config
+    for k in compressor.ks:
         shortest = k + compressor.answer_tokens
         item = shortest + compressor.max_text_tokens
         for prefix in edges:

@@ -196,7 +196,7 @@ def load(
         dtype: compute dtype; float32 on CPU and bfloat16 elsewhere if None.
         devices: where to score; all local accelerators, or the CPU, if None.
         buckets: the shapes to compile, fitted to the traffic; those of `default_buckets` if None. Shapes for embedding
-            tokens are added where they have none and the checkpoint reads them.
+            tokens are added if they have none for any and the checkpoint reads them.
 
     Raises:
         InputError: no checkpoint there, another format version, a damaged one, or an empty list of devices.

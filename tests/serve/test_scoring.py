@@ -191,7 +191,7 @@ def test_items_get_as_many_vectors_as_the_shapes_take(server: Server, ranker: Ra
 
 def test_a_store_needs_shapes_that_take_its_vectors(files: dict[str, Any], tmp_path: Path) -> None:
     buckets = tmp_path / "buckets.toml"
-    buckets.write_text("\n".join(line for line in BUCKETS.splitlines() if "vectors_per_item" not in line))
+    buckets.write_text(BUCKETS.replace("vectors_per_item = 2", "vectors_per_item = 3"))
     settings = ServeSettings(**files | {"buckets": str(buckets)}, store=str(tmp_path / "store"))
     with pytest.raises(InputError, match=r"^buckets: none takes vectors of this compressor \(k = 1, 2, 4\)"):
         Engine(settings, Keys(admin="the-admin-key"))

@@ -23,15 +23,13 @@ ADMIN = {"authorization": "Bearer the-admin-key"}
 KEYS = Keys(admin="the-admin-key")
 BUCKETS = """
 buckets = [
-  {tokens = 512, rows = 32, prefix_tokens = 320, items_per_row = 1, item_tokens = 8, vectors_per_item = 1},
-  {tokens = 512, rows = 32, prefix_tokens = 320, items_per_row = 1, item_tokens = 8, vectors_per_item = 4},
   {tokens = 512, rows = 32, prefix_tokens = 320, items_per_row = 1, item_tokens = 64},
   {tokens = 640, rows = 8, prefix_tokens = 320, items_per_row = 1, item_tokens = 320},
   {tokens = 512, rows = 32, prefix_tokens = 320, items_per_row = 1, item_tokens = 8, vectors_per_item = 2},
   {tokens = 640, rows = 8, prefix_tokens = 320, items_per_row = 1, item_tokens = 320, overrides_per_item = 6},
 ]
 """
-"""Two shapes for texts of up to about 250 bytes, one for each number of vectors per item, one for overrides. The tiny
+"""Two shapes for texts of up to about 250 bytes, one for two vectors per item, one for overrides. The tiny
 prompt takes 85 tokens."""
 
 
