@@ -314,7 +314,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
     config = tiny_ranker_config(tiny_config(num_layers=1))
     params = tiny_params(config.model)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(size, 1, size - 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(size, 1, size - 1))
     with pytest.raises(InputError, match=r"ckpt: cannot write it \(No space left on device\)$"):
         save_checkpoint(tmp_path / "ckpt", config, params, TOKENIZER, source="random")
     assert list(tmp_path.iterdir()) == []

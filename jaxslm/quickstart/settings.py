@@ -48,7 +48,12 @@ class QuickstartSettings(Settings):
     recipe: RecipeSettings = RecipeSettings()
     encoder: Overrides = ("steps=56",)
     ranker: Overrides = ("steps=15", "save_every=15")
-    recover: Overrides = ("steps=10", "save_every=10", "optimiser.warmup_steps=2")
+    recover: Overrides = (
+        "steps=10",
+        "save_every=10",
+        "optimiser.learning_rate=3e-5",
+        "optimiser.warmup_steps=2",
+    )
     compressor: Overrides = (
         "steps=50",
         "save_every=25",
