@@ -138,17 +138,19 @@ def test_numbers_that_a_request_itself_spoils_leave_the_server_ready(
     assert np.isfinite(probes).all()
 
 
-def test_a_device_that_takes_no_work_ends_in_504_and_then_in_503(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["dispatch", "collect"])
+def test_a_stalled_device_ends_in_504_and_then_in_503(
+    server: Server, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    dispatch, released = CompiledScorer.dispatch, threading.Event()
+    """It takes no work, or gives no result."""
+    whole, released = getattr(CompiledScorer, step), threading.Event()
 
-    def blocked(self: CompiledScorer, group: Any) -> Any:
+    def stalled(self: CompiledScorer, *arguments: Any) -> Any:
         assert released.wait(60)
-        return dispatch(self, group)
+        return whole(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CompiledScorer, "dispatch", blocked)
+        patch.setattr(CompiledScorer, step, stalled)
         patch.setattr(server.service.engine.health, "_stall_s", 0.2)
         answer = score(server.url, deadline_ms=300)
         assert (answer.status_code, answer.json()["type"]) == (504, "deadline")
@@ -184,24 +186,6 @@ def test_without_its_threads_the_server_is_not_ready(
         patch.setattr(batcher, "_threads", threads)
         assert ready(server.url) == (503, "device_failed")
         assert score(server.url).json()["type"] == "device_failed"
-
-
-def test_a_stalled_device_ends_in_504_and_then_in_503(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    collect, released = CompiledScorer.collect, threading.Event()
-
-    def stalled(self: CompiledScorer, group: Any, result: Any, logits: np.ndarray) -> None:
-        assert released.wait(60)
-        collect(self, group, result, logits)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CompiledScorer, "collect", stalled)
-        patch.setattr(server.service.engine.health, "_stall_s", 0.2)
-        answer = score(server.url, deadline_ms=300)
-        assert (answer.status_code, answer.json()["type"]) == (504, "deadline")
-        wait_for(lambda: ready(server.url) == (503, "device_stalled"))
-        assert score(server.url).status_code == 503
-        released.set()
-        wait_for(lambda: ready(server.url)[0] == 200)
 
 
 def test_too_much_work_is_refused_at_once_with_when_to_come_back(
