@@ -121,7 +121,10 @@ def choose(
 
 
 def _record(choice: Choice, *, fell_back: bool = False) -> Choice:
-    first = all((choice.op, choice.device, choice.reason) != (c.op, c.device, c.reason) for c in _choices.values())
+    # A list, as other threads trace too.
+    first = all(
+        (choice.op, choice.device, choice.reason) != (c.op, c.device, c.reason) for c in list(_choices.values())
+    )
     if fell_back and first:
         _logger.warning("%s", choice)
     return _choices.setdefault(str(choice), choice)

@@ -13,15 +13,14 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxslm.bench.kernels import FAILURES, contenders, seconds_per_call
+from jaxslm.bench.in_turn import InTurn
+from jaxslm.bench.kernels import FAILURES, contenders
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import MOSAIC_GPU, XLA, is_hopper, target_device
 from pallas_kernels.specs import OPS, TOLERANCE, Spec, specs, worst_row_error
@@ -30,33 +29,37 @@ MARGIN = 1.03
 """How many times faster than XLA a kernel must be: less is within the spread of two measurements."""
 
 
-def tune(spec: Spec, device: str, repeats: int) -> tuning.Row:
-    """Returns the row of one spec."""
-    arguments = tuple(map(jnp.asarray, spec.make(0)))
-    call, laid_out = dict(contenders(spec))[XLA](arguments)
-    expected = np.asarray(jax.jit(call)(*laid_out))
-    xla_s = seconds_per_call(call, laid_out, repeats)
-    timed = list(timed_tiles(spec, arguments, expected, repeats))
-    kernel_s, best = min(timed, key=lambda pair: pair[0], default=(float("inf"), {}))
-    print(f"{spec}: XLA {xla_s * 1e6:.1f} µs, kernel {kernel_s * 1e6:.1f} µs with {best}", file=sys.stderr)
-    fastest = MOSAIC_GPU if kernel_s * MARGIN < xla_s else XLA
-    seconds = {XLA: xla_s} | ({MOSAIC_GPU: kernel_s} if timed else {})
-    return tuning.Row(spec.op, device, "bfloat16", dict(spec.shape), fastest, best, seconds)
+class Trial:
+    """XLA and all tiles of one spec; their programs are compiled in the background from now on."""
 
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        arguments = tuple(map(jnp.asarray, spec.make(0)))
+        self._xla = InTurn(*dict(contenders(spec))[XLA](arguments))
+        self._tiles = [(dict(tiles), InTurn(partial(spec.run_tiles, tiles=tiles), arguments)) for tiles in spec.tiles]
 
-def timed_tiles(
-    spec: Spec, arguments: tuple[Any, ...], expected: np.ndarray, repeats: int
-) -> Iterator[tuple[float, dict[str, int]]]:
-    """Yields seconds and tiles; those that do not compile, or compute something else, are reported and left out."""
-    for tiles in spec.tiles:
-        call = partial(spec.run_tiles, tiles=tiles)
-        try:
-            error = worst_row_error(np.asarray(jax.jit(call)(*arguments)), expected, spec.padding)
-            if error > TOLERANCE:
-                raise ValueError(f"differs from XLA's result by {error:.1e} in a row, more than {TOLERANCE:.1e}")
-            yield seconds_per_call(call, arguments, repeats), dict(tiles)
-        except FAILURES as reason:
-            print(f"{spec}, {dict(tiles)}: left out: {' '.join(str(reason).split())[:200]}", file=sys.stderr)
+    def tune(self, device: str, repeats: int) -> tuning.Row:
+        """Returns the row of the spec."""
+        spec = self.spec
+        expected, xla_s = self._xla.run(repeats)
+        timed = list(self._timed_tiles(expected, repeats))
+        kernel_s, best = min(timed, key=lambda pair: pair[0], default=(float("inf"), {}))
+        print(f"{spec}: XLA {xla_s * 1e6:.1f} µs, kernel {kernel_s * 1e6:.1f} µs with {best}", file=sys.stderr)
+        fastest = MOSAIC_GPU if kernel_s * MARGIN < xla_s else XLA
+        seconds = {XLA: xla_s} | ({MOSAIC_GPU: kernel_s} if timed else {})
+        return tuning.Row(spec.op, device, "bfloat16", dict(spec.shape), fastest, best, seconds)
+
+    def _timed_tiles(self, expected: np.ndarray, repeats: int) -> Iterator[tuple[float, dict[str, int]]]:
+        """Yields seconds and tiles; those that do not compile, or compute something else, are told and left out."""
+        for tiles, program in self._tiles:
+            try:
+                result, seconds = program.run(repeats)
+                error = worst_row_error(result, expected, self.spec.padding)
+                if error > TOLERANCE:
+                    raise ValueError(f"differs from XLA's result by {error:.1e} in a row, more than {TOLERANCE:.1e}")
+                yield seconds, tiles
+            except FAILURES as reason:
+                print(f"{self.spec}, {tiles}: left out: {' '.join(str(reason).split())[:200]}", file=sys.stderr)
 
 
 def main() -> int:
@@ -71,7 +74,8 @@ def main() -> int:
         return 2
     others = [row for row in tuning.table() if row.device != device or row.op not in args.op]
     tuning.check_size(len(others) + sum(len(specs(op)) for op in args.op))
-    rows = [tune(spec, device, args.repeats) for op in args.op for spec in specs(op)]
+    trials = [Trial(spec) for op in args.op for spec in specs(op)]
+    rows = [trial.tune(device, args.repeats) for trial in trials]
     tuning.write([*others, *rows])
     print(f"{len(rows)} rows written to {tuning.PATH}", file=sys.stderr)
     return 0

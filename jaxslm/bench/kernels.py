@@ -12,15 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxslm.bench.device import Ceilings, best_seconds, measure_ceilings
+from jaxslm.bench.device import Ceilings, measure_ceilings
+from jaxslm.bench.in_turn import InTurn
 from jaxslm.errors import InputError
 from jaxslm.model.layout import SharedPrefix
 from jaxslm.score.parallel import device_name
 from pallas_kernels.dispatch import MOSAIC_GPU, XLA, is_hopper, target_device
 from pallas_kernels.specs import OPS, Spec, specs
-
-IN_TURN = 16
-"""Calls of one measurement, each with inputs of its own: dispatch is spread over them, and caches hold none of them."""
 
 LARGEST_EXACT_FLOPS = 3e10
 """Above this numpy would need most of a minute for the float64 result."""
@@ -45,7 +43,8 @@ def bench_kernels(ops: Sequence[str] | None = None, repeats: int = 5) -> dict[st
             f"kernels need a Hopper GPU and this is {device_name()}: nothing to time (tests interpret them)"
         )
     ceilings = measure_ceilings(jnp.bfloat16)
-    rows = [row for op in ops or OPS for spec in specs(op) for row in measure(spec, ceilings, repeats)]
+    contests = [Contest(spec) for op in ops or OPS for spec in specs(op)]
+    rows = [row for contest in contests for row in contest.rows(ceilings, repeats)]
     print(table(rows), file=sys.stderr)
     return {
         "workload": ", ".join(ops or OPS),
@@ -58,61 +57,54 @@ def bench_kernels(ops: Sequence[str] | None = None, repeats: int = 5) -> dict[st
     }
 
 
-def measure(spec: Spec, ceilings: Ceilings, repeats: int) -> list[dict[str, Any]]:
-    """Returns a row for each implementation of one spec.
+class Contest:
+    """The implementations of one spec; their programs are compiled in the background from now on."""
 
-    A row has `seconds`, `share_of_ceiling` (the least time by arithmetic or traffic at the measured ceilings, over
-    `seconds`), `speedup` over XLA, `error` (relative, against float64; None for large specs) and `difference` to XLA's
-    result; or `failed`, why there is none.
-    """
-    made = tuple(map(jnp.asarray, spec.make(0)))
-    floor_s = max(spec.flops / ceilings.flops_per_s, spec.bytes / ceilings.bytes_per_s)
-    exact = None
-    if spec.flops <= LARGEST_EXACT_FLOPS:
-        exact = spec.exact(*map(np.asarray, made))
-        exact = exact[: len(exact) - spec.padding]
-    rows: list[dict[str, Any]] = []
-    reference: np.ndarray | None = None
-    xla_s = float("nan")
-    for name, prepare in contenders(spec):
-        about = {"op": spec.op, "spec": spec.name, "shape": dict(spec.shape), "implementation": name}
-        try:
-            call, laid_out = prepare(made)
-            result = np.asarray(jax.jit(call)(*laid_out), np.float64)
-            result = result[: len(result) - spec.padding]
-            seconds = seconds_per_call(call, laid_out, repeats)
-        except FAILURES as error:
-            rows.append(about | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
-            continue
-        if name == XLA:
-            reference, xla_s = result, seconds
-        rows.append(
-            about
-            | {"seconds": seconds, "share_of_ceiling": floor_s / seconds, "speedup": xla_s / seconds}
-            | {"error": relative_error(result, exact), "difference": relative_error(result, reference)}
-        )
-    return rows
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        made = tuple(map(jnp.asarray, spec.make(0)))
+        self._made = made
+        self._programs: dict[str, InTurn | Exception] = {}
+        for name, prepare in contenders(spec):
+            try:
+                self._programs[name] = InTurn(*prepare(made))
+            except FAILURES as error:
+                self._programs[name] = error
 
+    def rows(self, ceilings: Ceilings, repeats: int) -> list[dict[str, Any]]:
+        """Returns a row for each implementation.
 
-def seconds_per_call(call: Callable[..., jax.Array], arguments: tuple[Any, ...], repeats: int) -> float:
-    """Returns the best time of one call, from a program of IN_TURN calls one after another, each with other numbers."""
-    sets = [tuple(_varied(argument, number) for argument in arguments) for number in range(IN_TURN)]
-
-    def in_turn(sets: Sequence[tuple[Any, ...]]) -> list[jax.Array]:
-        results: list[jax.Array] = []
-        for each in sets:
-            # Ties a call to the result before it; else XLA could merge products or run them side by side.
-            tied, results = jax.lax.optimization_barrier((each, results))
-            results.append(call(*tied))
-        return results
-
-    program = jax.jit(in_turn)
-    return best_seconds(lambda: program(sets), repeats) / IN_TURN
-
-
-def _varied(argument: jax.Array, number: int) -> jax.Array:
-    """Other numbers, the same shape; whole numbers and masks are places and stay."""
-    return jnp.roll(argument, number, axis=0) if jnp.issubdtype(argument.dtype, jnp.floating) else argument
+        A row has `seconds`, `share_of_ceiling` (the least time by arithmetic or traffic at the measured ceilings, over
+        `seconds`), `speedup` over XLA, `error` (relative, against float64; None for large specs) and `difference` to
+        XLA's result; or `failed`, why there is none.
+        """
+        spec = self._spec
+        floor_s = max(spec.flops / ceilings.flops_per_s, spec.bytes / ceilings.bytes_per_s)
+        exact = None
+        if spec.flops <= LARGEST_EXACT_FLOPS:
+            exact = spec.exact(*map(np.asarray, self._made))
+            exact = exact[: len(exact) - spec.padding]
+        rows: list[dict[str, Any]] = []
+        reference: np.ndarray | None = None
+        xla_s = float("nan")
+        for name, program in self._programs.items():
+            about = {"op": spec.op, "spec": spec.name, "shape": dict(spec.shape), "implementation": name}
+            try:
+                if isinstance(program, Exception):
+                    raise program
+                result, seconds = program.run(repeats)
+            except FAILURES as error:
+                rows.append(about | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+                continue
+            result = result[: len(result) - spec.padding].astype(np.float64)
+            if name == XLA:
+                reference, xla_s = result, seconds
+            rows.append(
+                about
+                | {"seconds": seconds, "share_of_ceiling": floor_s / seconds, "speedup": xla_s / seconds}
+                | {"error": relative_error(result, exact), "difference": relative_error(result, reference)}
+            )
+        return rows
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray | None) -> float | None:

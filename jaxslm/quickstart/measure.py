@@ -15,7 +15,7 @@ from jaxslm.atomic import new_file
 from jaxslm.checkpoint import load_checkpoint
 from jaxslm.compress.encoder import identity_of
 from jaxslm.compress.splice import text_of
-from jaxslm.config import BucketConfig, CompressorConfig, RankerConfig
+from jaxslm.config import RankerConfig
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.evaluate.candidates import candidates
@@ -28,7 +28,7 @@ from jaxslm.items.store import Store, open_store
 from jaxslm.model.cost import count_parameters, linear_flops_per_token, scoring_flops
 from jaxslm.progress import progress
 from jaxslm.quickstart.settings import MeasureSettings
-from jaxslm.score.buckets import make_bucket
+from jaxslm.score.buckets import few_buckets
 from jaxslm.score.compressed import VectorScorer
 from jaxslm.score.packing import PackRequest
 from jaxslm.score.parallel import device_name
@@ -36,11 +36,6 @@ from jaxslm.score.scorer import Ranker, VectorRequest
 
 SPLIT = "dev"
 DENSE = "full text"
-PREFIX_TOKENS = 128
-PASS_TOKENS = (256, 1024)
-GPU_PASS_TOKENS = (512, 4096, 16384)
-
-
 Requests = Sequence[tuple[str, list[Item]]]
 """(query, items) of each request."""
 
@@ -52,19 +47,6 @@ class Contestant:
     name: str
     model: Path
     store: Path | None = None
-
-
-def quickstart_buckets(config: RankerConfig, compressor: CompressorConfig | None) -> BucketConfig:
-    """Returns a few shapes that hold all that the quickstart scores: little to compile, here and in the server."""
-    longest = config.prompt.max_tokens
-    passes = PASS_TOKENS if jax.default_backend() == "cpu" else GPU_PASS_TOKENS
-    sizes = (PREFIX_TOKENS + longest, *(tokens for tokens in passes if tokens > PREFIX_TOKENS + longest))
-    buckets = [make_bucket(tokens, PREFIX_TOKENS, longest, longest // 2) for tokens in sizes]
-    if compressor is not None:
-        for k in compressor.ks:
-            item = k + compressor.answer_tokens + compressor.max_text_tokens
-            buckets += [make_bucket(tokens, PREFIX_TOKENS, item, item, k) for tokens in passes]
-    return BucketConfig(buckets=tuple(dict.fromkeys(buckets)))
 
 
 def evaluate(
@@ -158,7 +140,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _load(model: Path) -> Ranker:
     checkpoint = load_checkpoint(model)
-    return Ranker(checkpoint, buckets=quickstart_buckets(checkpoint.config, checkpoint.manifest.compressor))
+    buckets = few_buckets(jax.default_backend(), checkpoint.config, checkpoint.manifest.compressor)
+    return Ranker(checkpoint, buckets=buckets)
 
 
 class _TextRun:

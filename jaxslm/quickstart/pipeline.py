@@ -216,11 +216,11 @@ class Pipeline:
         print_card(describe(self.start))
 
     def _train_encoder(self) -> None:
-        _finished(train_encoder(self._encoder_training, self.encoder))
+        _go_on(train_encoder(self._encoder_training, self.encoder))
 
     def _train_ranker(self) -> None:
         settings = self._load(self._settings.recipe.ranker, RankerTraining, self.encoder, self._settings.ranker)
-        _finished(train_ranker(settings, self.ranker))
+        _go_on(train_ranker(settings, self.ranker))
 
     def _prune(self) -> None:
         chosen = self._settings
@@ -236,10 +236,10 @@ class Pipeline:
     def _recover(self) -> None:
         overrides = _paths(**{"teacher.checkpoint": self.ranker}) + self._settings.recover
         settings = self._load(self._settings.recipe.recover, RankerTraining, self.pruned, overrides)
-        _finished(train_ranker(settings, self.recovered))
+        _go_on(train_ranker(settings, self.recovered))
 
     def _train_compressor(self) -> None:
-        _finished(train_compressor(self._compressor_training, self.compressed))
+        _go_on(train_compressor(self._compressor_training, self.compressed))
 
     def _encode(self) -> None:
         stores = {k: str(self._store(k)) for k in self._ks}
@@ -275,9 +275,9 @@ def _paths(**paths: Path) -> tuple[str, ...]:
     return tuple(f"{name}={json.dumps(str(path))}" for name, path in paths.items())
 
 
-def _finished(result: TrainResult) -> None:
+def _go_on(result: TrainResult) -> None:
     """Training ends well at Ctrl-C; the stages after it must not begin."""
-    if not result.finished:
+    if result.interrupted:
         raise KeyboardInterrupt
 
 

@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxslm.atomic import new_file
 from jaxslm.bench.buckets import buckets_toml
 from jaxslm.checkpoint import load_manifest
 from jaxslm.data_files import read_items
 from jaxslm.errors import InputError
 from jaxslm.progress import console
-from jaxslm.quickstart.measure import quickstart_buckets
 from jaxslm.quickstart.stages import waiting
+from jaxslm.score.buckets import few_buckets
 from jaxslm.serve.engine import Engine
 from jaxslm.serve.run import Server
 from jaxslm.serve.settings import Keys, ServeSettings
@@ -126,6 +128,6 @@ def _write_buckets(model: Path, folder: Path) -> Path:
     path = folder / "buckets.toml"
     path.unlink(missing_ok=True)
     with new_file(path) as staging:
-        buckets = quickstart_buckets(manifest.ranker, manifest.compressor)
+        buckets = few_buckets(jax.default_backend(), manifest.ranker, manifest.compressor)
         staging.write_text(buckets_toml(buckets, "What the quickstart's server compiles."), encoding="utf-8")
     return path

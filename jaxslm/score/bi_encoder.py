@@ -14,10 +14,12 @@ from jaxslm.model.layout import Rows
 from jaxslm.prompt import Prompt
 
 # So many items are encoded together, or as many as make so many tokens: a query often brings only a dozen new items,
-# and a CPU is fastest at about a thousand tokens. Lengths are rounded up to so many.
+# and a CPU is fastest at about a thousand tokens. Lengths are rounded up to so many, those of queries to more, as each
+# length is a program to compile.
 _ROWS = 64
 _TOKENS = 1024
 _STEP = 16
+_QUERY_STEP = 64
 
 
 def mean_states(
@@ -74,7 +76,7 @@ class BiEncoder:
                 part = slice(start, start + self._rows)
                 states = self._encode(rows[part], len(self._item_prefix), self._rows, self._longest)
                 self._items |= {item.id: state for item, state in zip(new[part], states, strict=True)}
-        longest = -(-len(query_ids) // _STEP) * _STEP
+        longest = -(-len(query_ids) // _QUERY_STEP) * _QUERY_STEP
         query_D = self._encode([query_ids], len(self._prompt.prefix_ids), 1, longest)[0]
         return np.stack([self._items[item.id] for item in items]) @ query_D
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from jaxslm.config import Bucket, BucketConfig, CompressorConfig
+from jaxslm.config import Bucket, BucketConfig, CompressorConfig, RankerConfig
 from jaxslm.score.packing import Packer, PackRequest
 
 ITEM_EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -62,6 +62,30 @@ def default_buckets(platform: str) -> BucketConfig:
                 fitting = sorted({fitting[-1], max(fitting[-1], 2 * sizes[-1])})
             buckets += [make_bucket(size, prefix, item, shorter) for size in fitting]
     return BucketConfig(buckets=tuple(buckets), overhead_tokens=32 if platform == "cpu" else 512)
+
+
+FEW_PREFIX_TOKENS = 128
+
+
+def few_buckets(platform: str, config: RankerConfig, compressor: CompressorConfig | None = None) -> BucketConfig:
+    """Returns two or three shapes that hold any text of the prompt behind a short prefix, and for each k any vectors.
+
+    Attention pads more than in `default_buckets`; there is little to compile, where programs serve one run.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+    """
+    longest = config.prompt.max_tokens
+    row = FEW_PREFIX_TOKENS + longest
+    passes = (256, 1024) if platform == "cpu" else (512, 4096, 16384)
+    fitting = [tokens for tokens in passes if tokens >= row]
+    sizes = fitting if fitting and fitting[0] < 1.5 * row else [row, *fitting]
+    buckets = [make_bucket(tokens, FEW_PREFIX_TOKENS, longest, longest // 2) for tokens in sizes]
+    if compressor is not None:
+        for k in compressor.ks:
+            item = k + compressor.answer_tokens + compressor.max_text_tokens
+            buckets += [make_bucket(tokens, FEW_PREFIX_TOKENS, item, item, k) for tokens in passes]
+    return BucketConfig(buckets=tuple(dict.fromkeys(buckets)))
 
 
 def with_vectors(config: BucketConfig, platform: str, compressor: CompressorConfig, longest_row: int) -> BucketConfig:

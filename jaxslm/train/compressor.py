@@ -26,6 +26,7 @@ from jaxslm.config import CompressorConfig
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
+from jaxslm.score.buckets import few_buckets
 from jaxslm.score.scorer import Ranker
 from jaxslm.train.compressor_data import CompressorBatches, CompressorItems, MixedLists
 from jaxslm.train.compressor_settings import CompressorSettings, CompressorTraining
@@ -168,7 +169,8 @@ class Encoding:
         self.items.load({name: params[name] for name in ("encoder", "projector")})
         manifest = self._start.manifest.model_copy(update={"compressor": self._config})
         checkpoint = Checkpoint(manifest, params["ranker"], self._start.tokenizer_files)
-        ranker, fields = Ranker(checkpoint, self._dtype), self._config.text_fields
+        buckets = few_buckets(jax.default_backend(), self._start.config, self._config)
+        ranker, fields = Ranker(checkpoint, self._dtype, buckets=buckets), self._config.text_fields
         chosen = held_out.candidates
         vectors = self.items.encode_all(chosen)
         place = {item.id: number for number, item in enumerate(chosen)}

@@ -95,13 +95,17 @@ class Task:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: `finished` is False after Ctrl-C or SIGTERM, and the same command goes on from `step`."""
+    """How a run ended: `finished` is False after Ctrl-C or SIGTERM, and the same command goes on from `step`.
+
+    `interrupted`: the signal came, perhaps too late to keep the run from finishing; what follows it must not begin.
+    """
 
     finished: bool
     step: int
     steps: int
     out: Path
     metrics: dict[str, float]
+    interrupted: bool
 
     def to_json(self) -> dict[str, Any]:
         """Returns the result as the command line prints it."""
@@ -139,13 +143,13 @@ def run(task: Task, settings: TrainingSettings, out: Path) -> TrainResult:
         with run_bar(settings.steps, loop.step) as bar:
             loop.train(bar, wish)
         if loop.step < settings.steps:
-            return TrainResult(False, loop.step, settings.steps, out, {})
+            return TrainResult(False, loop.step, settings.steps, out, {}, interrupted=True)
         params, metrics = loop.result()
     if jax.process_index() == 0:
         task.save(out, params, metrics)
         for name in ("last", "best"):
             shutil.rmtree(folder / name)
-    return TrainResult(True, loop.step, settings.steps, out, metrics)
+    return TrainResult(True, loop.step, settings.steps, out, metrics, wish.wished)
 
 
 class _Loop:

@@ -14,6 +14,7 @@ from jaxslm.config import RankerConfig
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_rows, log_odds
 from jaxslm.progress import console
+from jaxslm.score.buckets import few_buckets
 from jaxslm.score.scorer import Ranker
 from jaxslm.train import losses
 from jaxslm.train.comparison import add_comparison_layer
@@ -145,7 +146,8 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     held_out = HeldOut(settings.evaluation)
 
     def evaluate(params: Params) -> dict[str, float]:
-        ranker = Ranker(Checkpoint(start.manifest, params, start.tokenizer_files), dtype)
+        checkpoint = Checkpoint(start.manifest, params, start.tokenizer_files)
+        ranker = Ranker(checkpoint, dtype, buckets=few_buckets(jax.default_backend(), start.config))
         return held_out.evaluate(ranker.log_odds)
 
     task = Task(

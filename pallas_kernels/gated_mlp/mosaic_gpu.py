@@ -151,6 +151,7 @@ def unsupported(shape: Mapping[str, int], dtype: DTypeLike, tiles: Mapping[str, 
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "blocks", "interpret"))  # traced once for all layers
 def gated_mlp(
     x_MD: Float[Array, "M D"],
     w_gate_DF: Float[Array, "D F"],

@@ -92,6 +92,7 @@ def unsupported(shape: Mapping[str, int], dtype: DTypeLike, tiles: Mapping[str, 
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))  # traced once for all layers
 def attention(
     q_QNH: Float[Array, "Q N H"],
     k_MKH: Float[Array, "M K H"],

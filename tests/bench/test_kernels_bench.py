@@ -1,11 +1,13 @@
 """The benchmark of kernels: what it compares computes the same, and it says where there is nothing to time."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxslm.bench import kernels
+from jaxslm.bench import in_turn, kernels
 from jaxslm.bench.device import Ceilings
 from jaxslm.errors import InputError
 from pallas_kernels.gated_mlp.specs import SMALL as GATED
@@ -43,9 +45,9 @@ def test_attention_by_the_layout_and_by_rows_is_that_of_the_spec(last_only: bool
 
 @pytest.mark.parametrize("spec", [GATED[1], attention_spec(last_only=False)], ids=str)
 def test_a_row_has_its_figures_or_why_there_are_none(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "IN_TURN", 2)
+    monkeypatch.setattr(in_turn, "IN_TURN", 2)
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    rows = {row["implementation"]: row for row in kernels.measure(spec, CEILINGS, 1)}
+    rows = {row["implementation"]: row for row in kernels.Contest(spec).rows(CEILINGS, 1)}
     assert rows["xla"]["seconds"] > 0
     assert rows["xla"]["speedup"] == 1
     assert rows["xla"]["error"] < 0.01
@@ -58,17 +60,17 @@ def test_a_row_has_its_figures_or_why_there_are_none(spec: Spec, monkeypatch: py
 
 def test_padding_counts_in_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """XLA's layout leaves padding tokens undefined; every one of these is its own only key."""
-    monkeypatch.setattr(kernels, "seconds_per_call", lambda *_: 1e-3)
+    monkeypatch.setattr(in_turn, "IN_TURN", 1)
     spec = attention._spec("padded", HEADS, REQUESTS, 8)
     assert spec.padding == 8
-    (xla,) = (row for row in kernels.measure(spec, CEILINGS, 1) if row["implementation"] == "xla")
+    (xla,) = (row for row in kernels.Contest(spec).rows(CEILINGS, 1) if row["implementation"] == "xla")
     assert xla["error"] < 0.01
 
 
 def test_the_report_has_the_keys_of_all_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "is_hopper", lambda device: True)
     monkeypatch.setattr(kernels, "measure_ceilings", lambda dtype: CEILINGS)
-    monkeypatch.setattr(kernels, "measure", lambda spec, ceilings, repeats: [])
+    monkeypatch.setattr(kernels, "Contest", lambda spec: SimpleNamespace(rows=lambda ceilings, repeats: []))
     result = kernels.bench_kernels(["gated_mlp"])
     keys = "workload", "dtype", "device", "ceiling_tflops"
     assert [result[key] for key in keys] == ["gated_mlp", "bfloat16", "a device", 1.0]

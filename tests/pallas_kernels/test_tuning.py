@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxslm.bench import in_turn
+from jaxslm.bench.in_turn import InTurn
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import MOSAIC_GPU, XLA
 from pallas_kernels.gated_mlp import reference
@@ -48,17 +50,25 @@ def test_tiles_with_a_wrong_result_are_reported_and_not_written(
         return h.at[-1, :8].mul(1.5) if tiles["f"] == 2 else h
 
     seconds = {None: 4.0, 2: 1.0, 3: 3.0, 4: 2.0}
-    monkeypatch.setattr(
-        script, "seconds_per_call", lambda call, *_: seconds[getattr(call, "keywords", {}).get("tiles", {}).get("f")]
-    )
+
+    class Timed(InTurn):
+        def __init__(self, call: Any, arguments: tuple[Any, ...]) -> None:
+            super().__init__(call, arguments)
+            self._tile = getattr(call, "keywords", {}).get("tiles", {}).get("f")
+
+        def run(self, repeats: int) -> tuple[np.ndarray, float]:
+            return super().run(repeats)[0], seconds[self._tile]
+
+    monkeypatch.setattr(in_turn, "IN_TURN", 2)
+    monkeypatch.setattr(script, "InTurn", Timed)
     spec = replace(SMALL[1], tiles=[{"f": f} for f in (1, 2, 3, 4)], run_tiles=run_tiles)
-    row = script.tune(spec, "a GPU", 1)
+    row = script.Trial(spec).tune("a GPU", 1)
     assert (row.fastest, row.tiles, row.seconds) == (MOSAIC_GPU, {"f": 4}, {XLA: 4.0, MOSAIC_GPU: 2.0})
     said = capsys.readouterr().err.splitlines()
     assert "{'f': 1}: left out: does not compile" in said[0]
     assert "{'f': 2}: left out: differs from XLA's result by" in said[1]
     assert len(said) == 3
-    row = script.tune(replace(spec, tiles=[{"f": 2}]), "a GPU", 1)
+    row = script.Trial(replace(spec, tiles=[{"f": 2}])).tune("a GPU", 1)
     assert (row.fastest, row.tiles, row.seconds) == (XLA, {}, {XLA: 4.0})
 
 
@@ -87,7 +97,7 @@ def test_the_tables_size_is_checked_before_anything_is_measured(
     row = tuning.Row("gated_mlp", "another", "bfloat16", {"M": 1, "D": 64, "F": 128}, XLA, {}, {XLA: 1.0})
     monkeypatch.setattr(tuning, "table", lambda: (row,) * tuning.MAX_ROWS)
     monkeypatch.setattr(script, "is_hopper", lambda device: True)
-    monkeypatch.setattr(script, "tune", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(script, "Trial", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(sys, "argv", ["tune_kernels"])
     with pytest.raises(ValueError, match="at most 50"):
         script.main()

@@ -119,7 +119,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, monkeypatc
         handler = signal.getsignal(sign)
         stopped = train_ranker(settings, tmp_path / "parts")
         assert signal.getsignal(sign) is handler
-    assert stopped == TrainResult(False, 3, 6, tmp_path / "parts", {})
+    assert stopped == TrainResult(False, 3, 6, tmp_path / "parts", {}, interrupted=True)
     assert not (tmp_path / "parts").exists()
     assert train_ranker(settings, tmp_path / "parts").finished
     assert same_parameters(tmp_path / "whole", tmp_path / "parts")
@@ -132,10 +132,12 @@ def test_a_stop_during_the_last_update_lets_the_run_finish(toy: Path, tmp_path: 
     """The last update is evaluated all the same; one that an earlier release left without is evaluated on resuming."""
     one_device(monkeypatch)
     settings = toy_ranker(toy, *SHORT, "evaluation.every=100")
-    assert train_ranker(settings, tmp_path / "whole").finished
+    whole = train_ranker(settings, tmp_path / "whole")
+    assert (whole.finished, whole.interrupted) == (True, False)
     with monkeypatch.context() as patched:
         stop_after(patched, 6)
-        assert train_ranker(settings, tmp_path / "stopped").finished
+        stopped = train_ranker(settings, tmp_path / "stopped")
+    assert (stopped.finished, stopped.interrupted) == (True, True)
     assert same_parameters(tmp_path / "whole", tmp_path / "stopped")
     with monkeypatch.context() as patched:
         patched.setattr(loop._Loop, "_evaluate", lambda self, bar: None)
