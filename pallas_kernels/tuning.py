@@ -25,7 +25,10 @@ MAX_ROWS = 50
 """A table that one can read: rows stand for the shapes around them, so few are needed."""
 
 NEAR = 2.0
-"""A row serves shapes whose sizes are each within this factor of its own."""
+"""A row serves shapes whose sizes are each within this factor of its own, but for those in FAR."""
+
+FAR = {"M": 16.0, "Q": 16.0, "P": 4.0, "T": 4.0}
+"""Rows, queries, lengths of prefixes and items: how much there is of a thing decides less than what it looks like."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +88,24 @@ def _problem(row: Row) -> str | None:
 def nearest(
     op: str, device: str, dtype: str, shape: Mapping[str, int], rows: Sequence[Row] | None = None
 ) -> Row | None:
-    """Returns the row of this op, device and dtype whose sizes are nearest in ratio, or None if none is within NEAR.
+    """Returns the row of this op, device and dtype whose sizes are nearest in ratio, or None if none is near enough.
 
     Args:
         rows: the table of the file if None.
     """
-    found = [
-        (sum(ratios), row)
-        for row in (table() if rows is None else rows)
-        if (row.op, row.device, row.dtype, row.shape.keys()) == (op, device, dtype, shape.keys())
-        and max(ratios := _log_ratios(row.shape, shape)) <= math.log(NEAR)
-    ]
+    found = []
+    for row in table() if rows is None else rows:
+        if (row.op, row.device, row.dtype, row.shape.keys()) == (op, device, dtype, shape.keys()):
+            ratios = _log_ratios(row.shape, shape)
+            if all(ratio <= math.log(FAR.get(axis, NEAR)) for axis, ratio in ratios.items()):
+                found.append((sum(ratios.values()), row))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def _log_ratios(a: Mapping[str, int], b: Mapping[str, int]) -> list[float]:
+def _log_ratios(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, float]:
     """|log(a / b)| by axis; an axis of size 0 is as far as can be from any other."""
-    return [0.0 if a[axis] == b[axis] else abs(math.log(max(a[axis], 1e-9) / max(b[axis], 1e-9))) for axis in a]
+    sizes = {axis: (max(a[axis], 1e-9), max(b[axis], 1e-9)) for axis in a}
+    return {axis: abs(math.log(one / other)) for axis, (one, other) in sizes.items()}
 
 
 def write(rows: Sequence[Row], path: Path = PATH) -> None:

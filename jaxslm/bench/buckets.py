@@ -10,7 +10,7 @@ from jaxslm.checkpoint import load_checkpoint
 from jaxslm.config import BucketConfig
 from jaxslm.data_files import Request, read_records
 from jaxslm.errors import InputError
-from jaxslm.score.buckets import default_buckets, fit_buckets, with_longer
+from jaxslm.score.buckets import default_buckets, fit_buckets, pass_overhead, with_longer
 from jaxslm.score.packing import Packer, PackRequest
 
 
@@ -38,7 +38,7 @@ def fit_buckets_to_file(
             break
     if not requests:
         raise InputError(f"{traffic}: no requests")
-    sample = fit_buckets([[request] for request in requests], count, max_tokens)
+    sample = fit_buckets([[request] for request in requests], count, max_tokens, pass_overhead(jax.default_backend()))
     fitted = with_longer(sample, prompt.config.max_tokens, max_tokens)
     with new_file(out) as staging:
         comment = f"Fitted to {traffic.name} by `jaxslm bench fit-buckets`; the last ones hold what is longer."

@@ -1,9 +1,6 @@
 """What this device can do at best, measured: the ceilings that every result is a share of."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxslm.bench.workloads import Workload
 from jaxslm.config import ModelConfig
 from jaxslm.model.cost import scoring_bytes, scoring_flops
+from jaxslm.score.ceiling import best_seconds, matmul_ceiling
 from jaxslm.score.parallel import device_name
 
 
@@ -36,30 +34,15 @@ class Floor:
     traffic_s: float
 
 
-def best_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Returns the shortest of `repeats` timings after one call that is not counted."""
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 def measure_ceilings(dtype: DTypeLike, repeats: int = 5) -> Ceilings:
     """Returns the ceilings of the first local device: of a square product and of a long copy."""
     on_cpu = jax.local_devices()[0].platform == "cpu"
-    n = 2048 if on_cpu else 8192
-    keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, (n, n), jnp.float32).astype(dtype) for key in keys)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(dtype))
     numbers = jnp.ones((256 if on_cpu else 2048) * 2**18, jnp.float32)
     add = jax.jit(lambda x: x + 1)
     return Ceilings(
         device=device_name(),
         dtype=jnp.dtype(dtype).name,
-        flops_per_s=2 * n**3 / best_seconds(lambda: product(a, b), repeats),
+        flops_per_s=matmul_ceiling(dtype, repeats),
         bytes_per_s=2 * numbers.nbytes / best_seconds(lambda: add(numbers), repeats),
     )
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxslm.bench.device import best_seconds
+from jaxslm.score.ceiling import best_seconds
 
 IN_TURN = 16
 """Calls of one measurement, each with inputs of its own: dispatch is spread over them, and caches hold none of them."""
@@ -27,10 +27,10 @@ class InTurn:
         _started.append(self._program)
 
     def run(self, repeats: int) -> tuple[np.ndarray, float]:
-        """Returns the function's result on the arguments, and the best time of one call; raises what compiling raised."""
+        """Returns the result on the arguments and the best time of one call; raises what compiling raised."""
         wait(_started)  # compiling takes the cores that start the device's work
         program = self._program.result()
-        sets = [jax.tree.map(lambda leaf: _varied(leaf, number), self._arguments) for number in range(IN_TURN)]
+        sets = [tuple(_varied(argument, number) for argument in self._arguments) for number in range(IN_TURN)]
         result = np.asarray(program(sets)[0])
         return result, best_seconds(lambda: program(sets), repeats) / IN_TURN
 

@@ -16,7 +16,7 @@ from jaxslm.config import BucketConfig, RankerConfig
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.progress import console
-from jaxslm.score.buckets import default_buckets, fit_buckets
+from jaxslm.score.buckets import default_buckets, fit_buckets, pass_overhead
 from jaxslm.score.compiled import CompiledScorer
 from jaxslm.score.packing import PackRequest
 from jaxslm.score.warmup import compilations, warm_up
@@ -86,7 +86,7 @@ def bench_score(
     ceilings = measure_ceilings(used)
     print_floor(shape, config, ceilings)
     try:
-        result = measure(shape, config, params, ceilings, repeats, options)
+        result = Measurement(shape, config, params, options).result(ceilings, repeats)
     except CannotRunError as error:
         raise InputError(f"--implementation {options.implementation}: {error}") from None
     result = {"workload": workload, "model": model, **result}
@@ -94,41 +94,46 @@ def bench_score(
     return result
 
 
-def measure(
-    shape: Workload, config: RankerConfig, params: Params, ceilings: Ceilings, repeats: int, options: Options
-) -> dict[str, Any]:
-    """Returns the figures of one workload, model and set of options; `params` are in the compute dtype."""
-    requests = random_requests(shape, config.model, options.requests)
-    run: Runner | PaddedRunner
-    if options.padded:
-        run = PaddedRunner(
-            config, params, requests, options.max_tokens, cuts=options.cuts, implementation=options.implementation
-        )
-    else:
-        run = Runner(config, params, requests, options)
-    logits = run()
-    before = compilations()
-    seconds = np.array([timed(run) for _ in range(repeats)])
-    compiled = compilations() - before
-    rates = options.requests * shape.items / seconds
-    least = floor(shape, config.model, ceilings, shared=options.sharing and not options.padded)
-    reference = reference_logits(config, params, requests[0])
-    return figures(rates, least, shape.items, ceilings, run.shape()) | {
-        "max_abs_diff": float(np.abs(logits[: len(reference)] - reference).max()),
-        "compile_s": run.compile_s,
-        "compilations_while_measuring": compiled,
-        "repeats": repeats,
-        "items": shape.items,
-        "prefix_tokens": shape.prefix_tokens,
-        "item_tokens": shape.item_tokens,
-        "requests": options.requests,
-        "sharing": options.sharing and not options.padded,
-        "padded": options.padded,
-        "cuts": options.cuts,
-        "fitted_buckets": options.fitted and not options.padded,
-        "implementation": options.implementation,
-        "jax": jax.__version__,
-    }
+class Measurement:
+    """One workload, model and set of options, compiled and ready to be timed; `params` are in the compute dtype."""
+
+    def __init__(self, shape: Workload, config: RankerConfig, params: Params, options: Options) -> None:
+        self._shape, self._config, self._options = shape, config, options
+        requests = random_requests(shape, config.model, options.requests)
+        self._run: Runner | PaddedRunner
+        if options.padded:
+            self._run = PaddedRunner(
+                config, params, requests, options.max_tokens, cuts=options.cuts, implementation=options.implementation
+            )
+        else:
+            self._run = Runner(config, params, requests, options)
+        reference = reference_logits(config, params, requests[0])
+        self._difference = float(np.abs(self._run()[: len(reference)] - reference).max())
+
+    def result(self, ceilings: Ceilings, repeats: int) -> dict[str, Any]:
+        """Returns the figures."""
+        shape, options, run = self._shape, self._options, self._run
+        before = compilations()
+        seconds = np.array([timed(run) for _ in range(repeats)])
+        compiled = compilations() - before
+        rates = options.requests * shape.items / seconds
+        least = floor(shape, self._config.model, ceilings, shared=options.sharing and not options.padded)
+        return figures(rates, least, shape.items, ceilings, run.shape()) | {
+            "max_abs_diff": self._difference,
+            "compile_s": run.compile_s,
+            "compilations_while_measuring": compiled,
+            "repeats": repeats,
+            "items": shape.items,
+            "prefix_tokens": shape.prefix_tokens,
+            "item_tokens": shape.item_tokens,
+            "requests": options.requests,
+            "sharing": options.sharing and not options.padded,
+            "padded": options.padded,
+            "cuts": options.cuts,
+            "fitted_buckets": options.fitted and not options.padded,
+            "implementation": options.implementation,
+            "jax": jax.__version__,
+        }
 
 
 def figures(
@@ -209,7 +214,8 @@ def bench_buckets(requests: Sequence[PackRequest], options: Options) -> BucketCo
     """Returns the platform's default buckets, or buckets fitted to these requests scored together."""
     if not options.fitted:
         return default_buckets(jax.default_backend())
-    return fit_buckets([requests], count=3, max_tokens=options.max_tokens)
+    platform = jax.default_backend()
+    return fit_buckets([requests], count=3, max_tokens=options.max_tokens, overhead_tokens=pass_overhead(platform))
 
 
 def print_floor(shape: Workload, config: RankerConfig, ceilings: Ceilings) -> None:

@@ -22,6 +22,15 @@ SLOT_TOKENS = 64
 not tiny then, and the copies of a prefix, one a row, not many times what they are for."""
 
 
+def pass_overhead(platform: str) -> int:
+    """Returns `BucketConfig.overhead_tokens` of a platform: "cpu", "gpu" or "tpu".
+
+    On an H200 a pass of 1,920 tokens through 28 layers takes about 2 ms more than its share of a large one
+    (docs/results/scoring.md): launches, and products too small for the device.
+    """
+    return 32 if platform == "cpu" else 1024
+
+
 def make_bucket(tokens: int, prefix: int, item: int, shortest: int, vectors_per_item: int = 0) -> Bucket:
     """Returns a bucket of `tokens` places for items of up to `item` tokens.
 
@@ -61,7 +70,7 @@ def default_buckets(platform: str) -> BucketConfig:
             elif item > sizes[-1] // 4 or prefix == 1024:
                 fitting = sorted({fitting[-1], max(fitting[-1], 2 * sizes[-1])})
             buckets += [make_bucket(size, prefix, item, shorter) for size in fitting]
-    return BucketConfig(buckets=tuple(buckets), overhead_tokens=32 if platform == "cpu" else 512)
+    return BucketConfig(buckets=tuple(buckets), overhead_tokens=pass_overhead(platform))
 
 
 FEW_PREFIX_TOKENS = 128
@@ -112,7 +121,7 @@ def with_vectors(config: BucketConfig, platform: str, compressor: CompressorConf
 
 
 def fit_buckets(
-    traffic: Sequence[Sequence[PackRequest]], count: int, max_tokens: int, overhead_tokens: int = 32
+    traffic: Sequence[Sequence[PackRequest]], count: int, max_tokens: int, overhead_tokens: int
 ) -> BucketConfig:
     """Returns `count` or fewer buckets that make this traffic cheap.
 
@@ -123,6 +132,7 @@ def fit_buckets(
     Args:
         traffic: a sample, a few dozen requests; each inner sequence is scored together.
         max_tokens: size of the largest forward pass, unless one item needs more.
+        overhead_tokens: `pass_overhead` of the platform.
     """
     requests = [request for together in traffic for request in together]
     lengths = np.sort([len(item) for request in requests for item in request.item_ids])

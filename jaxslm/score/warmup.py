@@ -8,7 +8,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import jax
@@ -24,10 +25,10 @@ from jaxslm.score.compiled import Batch, CompiledScorer, make_score_fn
 class _CompilationCounter:
     def __init__(self) -> None:
         self.count = 0
-        self.uncounted_thread: int | None = None
+        self.uncounted_threads: set[int] = set()
 
     def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if threading.get_ident() != self.uncounted_thread:
+        if threading.get_ident() not in self.uncounted_threads:
             self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
@@ -42,29 +43,38 @@ def compilations() -> int:
 
 @contextmanager
 def uncounted_compilations() -> Iterator[None]:
-    """Leaves out of `compilations` what this thread compiles meanwhile: a model made ready beside the one in service.
-
-    One thread at a time; programs that other threads compile meanwhile are counted.
-    """
-    _counter.uncounted_thread = threading.get_ident()
+    """Leaves out of `compilations` what this thread compiles: a model that is made ready beside the one in service."""
+    thread = threading.get_ident()
+    _counter.uncounted_threads.add(thread)
     try:
         yield
     finally:
-        _counter.uncounted_thread = None
+        _counter.uncounted_threads.discard(thread)
 
 
 def warm_up(scorer: CompiledScorer, done: Callable[[int, int], None] | None = None) -> float:
     """Compiles every bucket and runs it once, then freezes the garbage collector's view; returns the seconds it took.
+
+    Buckets are compiled side by side, as much of a compiler's work uses one core.
 
     Args:
         done: called after each bucket with the number done and their total.
     """
     start = time.perf_counter()
     buckets = scorer.buckets.buckets
-    for number, bucket in enumerate(buckets, start=1):
-        scorer.run_empty(bucket)
-        if done is not None:
-            done(number, len(buckets))
+    uncounted = threading.get_ident() in _counter.uncounted_threads
+
+    def compile_one(bucket: Bucket) -> None:
+        with uncounted_compilations() if uncounted else nullcontext():
+            scorer.run_empty(bucket)
+
+    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="warm-up")
+    try:
+        for number, _ in enumerate(pool.map(compile_one, buckets), start=1):
+            if done is not None:
+                done(number, len(buckets))
+    finally:
+        pool.shutdown(cancel_futures=True)
     # What exists now lives as long as the process: the collector need not walk it in the middle of a request.
     gc.collect()
     gc.freeze()

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 from jaxslm.config import BucketConfig, CompressorConfig, RankerConfig
-from jaxslm.score.buckets import make_bucket
+from jaxslm.score.buckets import make_bucket, pass_overhead
 
 ITEM_EDGES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PREFIX_EDGES = (128, 1024)
@@ -38,4 +38,4 @@ def serving_buckets(config: RankerConfig, platform: str, compressor: CompressorC
     for item, size in overridden.items():
         bucket = make_bucket(max(size, PREFIX_EDGES[-1] + item), PREFIX_EDGES[-1], item, item // 4)
         buckets.append(bucket.model_copy(update={"overrides_per_item": OVERRIDES_PER_ITEM}))
-    return BucketConfig(buckets=tuple(buckets), overhead_tokens=32 if platform == "cpu" else 512)
+    return BucketConfig(buckets=tuple(buckets), overhead_tokens=pass_overhead(platform))

@@ -26,6 +26,7 @@ from jaxslm.atomic import new_file, refuse_existing
 from jaxslm.checkpoint import Checkpoint, save_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
+from jaxslm.score.ceiling import matmul_ceiling
 from jaxslm.score.scorer import compute_dtype
 from jaxslm.train.data_settings import MAY_CHANGE
 from jaxslm.train.hosts import from_all_hosts
@@ -34,7 +35,6 @@ from jaxslm.train.log import RunBar, RunLog, run_bar
 from jaxslm.train.partition import Frozen, Partition
 from jaxslm.train.settings import TrainingSettings
 from jaxslm.train.snapshots import METRIC, Snapshots
-from jaxslm.train.speed import matmul_ceiling
 from jaxslm.train.step import (
     LossFn,
     State,

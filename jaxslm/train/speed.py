@@ -1,10 +1,7 @@
 """How fast a run is: tokens and FLOPs of its batches against what this machine's matrix units reach."""
 
-import time
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxslm.config import ModelConfig
@@ -54,17 +51,3 @@ def _last_layers(config: ModelConfig, count: int | None) -> ModelConfig:
         return config
     widths = {"num_kv_heads": config.kv_heads_by_layer[-count:], "mlp_width": config.mlp_width_by_layer[-count:]}
     return config.model_copy(update={"num_layers": count, **widths})
-
-
-def matmul_ceiling(dtype: jnp.dtype) -> float:
-    """Returns the FLOP/s of the best of five large square matrix products on one device."""
-    size = 1536 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best

@@ -99,12 +99,13 @@ def test_the_device_is_that_which_is_compiled_for(on_h200: None) -> None:
 def test_rows_serve_the_shapes_around_them() -> None:
     rows = (row(MOSAIC_GPU, rows=1024), row(XLA, rows=2048), row(MOSAIC_GPU, device="NVIDIA H100", rows=512))
 
-    def nearest(size: int, device: str = H200, dtype: str = "bfloat16") -> int | None:
-        found = tuning.nearest("op", device, dtype, {"M": size, "F": 512}, rows)
+    def nearest(size: int, device: str = H200, dtype: str = "bfloat16", width: int = 512) -> int | None:
+        found = tuning.nearest("op", device, dtype, {"M": size, "F": width}, rows)
         return found.shape["M"] if found else None
 
-    assert [nearest(size) for size in (512, 1024, 1400, 1500, 4096)] == [1024, 1024, 1024, 2048, 2048]
-    assert [nearest(size) for size in (0, 511, 4097)] == [None] * 3
+    assert [nearest(size) for size in (64, 1024, 1400, 1500, 32768)] == [1024, 1024, 1024, 2048, 2048]
+    assert [nearest(size) for size in (0, 63, 32769)] == [None] * 3
+    assert [nearest(1024, width=width) for width in (255, 256, 1024, 1025)] == [None, 1024, 1024, None]
     assert nearest(600, device="NVIDIA H100") == 512
     assert nearest(1024, dtype="float16") is None
     assert tuning.nearest("op", H200, "bfloat16", {"M": 1024}, rows) is None

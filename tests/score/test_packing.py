@@ -28,7 +28,7 @@ COMPRESSOR = CompressorConfig(
     answer_tokens=1,
     tokenizer_sha256="",
 )
-FITTED = fit_buckets([[PackRequest([1] * 18, [[2] * 12] * 9)]], count=2, max_tokens=128)
+FITTED = fit_buckets([[PackRequest([1] * 18, [[2] * 12] * 9)]], count=2, max_tokens=128, overhead_tokens=32)
 LONGER = Packer(with_longer(FITTED, 600, 128))
 token_ids = st.integers(0, 1000)
 requests_of_ids = st.lists(
@@ -195,7 +195,7 @@ def test_longer_rows_cost_few_shapes() -> None:
 
 
 def test_a_sample_without_prefixes_can_be_fitted() -> None:
-    fitted = fit_buckets([[PackRequest([], [[2] * 9] * 4)]], count=2, max_tokens=64)
+    fitted = fit_buckets([[PackRequest([], [[2] * 9] * 4)]], count=2, max_tokens=64, overhead_tokens=32)
     assert list(Packer(fitted).pack([PackRequest([], [[2] * 9] * 4)]))
 
 
@@ -205,7 +205,7 @@ def test_fitted_buckets_pad_less_than_default_ones() -> None:
         PackRequest([1] * int(generator.integers(40, 60)), [[2] * int(n) for n in generator.integers(100, 200, 20)])
         for _ in range(4)
     ]
-    fitted = fit_buckets([[one] for one in sample], count=4, max_tokens=1024)
+    fitted = fit_buckets([[one] for one in sample], count=4, max_tokens=1024, overhead_tokens=32)
     assert len(fitted.buckets) <= 4
     assert max(bucket.tokens for bucket in fitted.buckets) <= 1024
     costs = [
