@@ -87,7 +87,7 @@ def choose(
     Args:
         shape: sizes by axis letter.
         implementation: one of IMPLEMENTATIONS, or None for the fastest of those measured on this device that takes the
-            arguments. Without a measurement that is XLA.
+            arguments, or on another Hopper GPU if it was clearly faster there. Without a measurement that is XLA.
 
     Raises:
         ValueError: an unknown name; CannotRunError for a named kernel that cannot run here.
@@ -96,7 +96,9 @@ def choose(
         raise ValueError(f"implementation {implementation!r}: must be None or one of {', '.join(IMPLEMENTATIONS)}")
     _, device, _ = target_device()
     dtype_name = jax.numpy.dtype(dtype).name
-    row = tuning.nearest(op, device, dtype_name, shape)
+    rows = tuning.nearest(op, device, dtype_name, shape) or _of_relatives(op, device, dtype_name, shape)
+    # Tiles of a row may not divide this shape; the next row's may.
+    row = next((row for row in rows if unsupported(shape, dtype, row.tiles) is None), rows[0] if rows else None)
     tiles = row.tiles if row else {}
 
     def chosen(name: str, reason: str) -> Choice:
@@ -105,7 +107,7 @@ def choose(
     if implementation is not None:
         name, reason = implementation, "asked for by name"
     elif row is not None:
-        name, reason = row.fastest, "measured fastest"
+        name, reason = row.fastest, "measured fastest" + (f" on {row.device}" if row.device != device else "")
     else:
         return _record(chosen(XLA, "no kernel is measured"), fell_back=is_hopper(device))
     if name == XLA:
@@ -118,6 +120,18 @@ def choose(
     if implementation is not None:
         raise CannotRunError(f"{chosen(name, reason)}: {why_not}")
     return _record(chosen(XLA, why_not), fell_back=True)
+
+
+CLEARLY = 1.5
+"""How many times faster than XLA a kernel must have been on a GPU of the same kind to run on one that has no rows."""
+
+
+def _of_relatives(op: str, device: str, dtype: str, shape: Mapping[str, int]) -> list[tuning.Row]:
+    """Returns rows of other Hopper GPUs in which a kernel was clearly faster: the same cores, other memory."""
+    if not is_hopper(device):
+        return []
+    rows = [row for row in tuning.nearest(op, None, dtype, shape) if is_hopper(row.device)]
+    return [row for row in rows if row.seconds[XLA] >= CLEARLY * row.seconds[row.fastest]]
 
 
 def _record(choice: Choice, *, fell_back: bool = False) -> Choice:

@@ -27,8 +27,9 @@ MAX_ROWS = 50
 NEAR = 2.0
 """A row serves shapes whose sizes are each within this factor of its own, but for those in FAR."""
 
-FAR = {"M": 16.0, "Q": 16.0, "P": 4.0, "T": 4.0}
-"""Rows, queries, lengths of prefixes and items: how much there is of a thing decides less than what it looks like."""
+FAR = {"M": 16.0, "Q": 16.0, "Q/M": 4.0, "P": 4.0, "T": 4.0}
+"""Rows, queries, lengths of prefixes and items: how much there is of a thing decides less than what it looks like. In the
+last layer few tokens are queries, which is another problem than the layers below."""
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,31 @@ def _problem(row: Row) -> str | None:
 
 
 def nearest(
-    op: str, device: str, dtype: str, shape: Mapping[str, int], rows: Sequence[Row] | None = None
-) -> Row | None:
-    """Returns the row of this op, device and dtype whose sizes are nearest in ratio, or None if none is near enough.
+    op: str, device: str | None, dtype: str, shape: Mapping[str, int], rows: Sequence[Row] | None = None
+) -> list[Row]:
+    """Returns the rows of this op, device and dtype that serve the shape, those whose sizes are nearest in ratio first.
 
     Args:
+        device: None for all.
         rows: the table of the file if None.
     """
     found = []
     for row in table() if rows is None else rows:
-        if (row.op, row.device, row.dtype, row.shape.keys()) == (op, device, dtype, shape.keys()):
+        same = (row.op, row.dtype, row.shape.keys()) == (op, dtype, shape.keys()) and device in (None, row.device)
+        if same:
             ratios = _log_ratios(row.shape, shape)
-            if all(ratio <= math.log(FAR.get(axis, NEAR)) for axis, ratio in ratios.items()):
+            if all(ratio < math.log(FAR.get(axis, NEAR)) + 1e-9 for axis, ratio in ratios.items()):
                 found.append((sum(ratios.values()), row))
-    return min(found, key=lambda pair: pair[0])[1] if found else None
+    return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
 
 def _log_ratios(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, float]:
-    """|log(a / b)| by axis; an axis of size 0 is as far as can be from any other."""
-    sizes = {axis: (max(a[axis], 1e-9), max(b[axis], 1e-9)) for axis in a}
-    return {axis: abs(math.log(one / other)) for axis, (one, other) in sizes.items()}
+    """|log(a / b)| by axis, and of Q / M where there are queries; a size of 0 is as far as can be from any other."""
+    logs = [{axis: math.log(max(size, 1e-9)) for axis, size in shape.items()} for shape in (a, b)]
+    for each in logs:
+        if "Q" in each:
+            each["Q/M"] = each["Q"] - each["M"]
+    return {axis: abs(logs[0][axis] - logs[1][axis]) for axis in logs[0]}
 
 
 def write(rows: Sequence[Row], path: Path = PATH) -> None:

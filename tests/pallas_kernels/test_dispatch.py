@@ -36,7 +36,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, *rows: Row) -> None:
 
 
 def row(fastest: str, rows: int = 1024, device: str = H200, **tiles: int) -> Row:
-    return Row("op", device, "bfloat16", {"M": rows, "F": 512}, fastest, tiles, {fastest: 1e-3})
+    return Row("op", device, "bfloat16", {"M": rows, "F": 512}, fastest, tiles, {XLA: 2e-3, fastest: 1e-3})
 
 
 def supported(shape: Mapping[str, int], dtype: Any, tiles: Mapping[str, int]) -> str | None:
@@ -101,14 +101,48 @@ def test_rows_serve_the_shapes_around_them() -> None:
 
     def nearest(size: int, device: str = H200, dtype: str = "bfloat16", width: int = 512) -> int | None:
         found = tuning.nearest("op", device, dtype, {"M": size, "F": width}, rows)
-        return found.shape["M"] if found else None
+        return found[0].shape["M"] if found else None
 
     assert [nearest(size) for size in (64, 1024, 1400, 1500, 32768)] == [1024, 1024, 1024, 2048, 2048]
     assert [nearest(size) for size in (0, 63, 32769)] == [None] * 3
     assert [nearest(1024, width=width) for width in (255, 256, 1024, 1025)] == [None, 1024, 1024, None]
     assert nearest(600, device="NVIDIA H100") == 512
     assert nearest(1024, dtype="float16") is None
-    assert tuning.nearest("op", H200, "bfloat16", {"M": 1024}, rows) is None
+    assert tuning.nearest("op", H200, "bfloat16", {"M": 1024}, rows) == []
+
+
+def test_answer_tokens_alone_are_another_problem_than_all_tokens() -> None:
+    def attention(queries: int, tokens: int) -> dict[str, int]:
+        return {"Q": queries, "M": tokens, "H": 128}
+
+    last = replace(row(XLA), shape=attention(100, 16384))
+    lower = replace(row(MOSAIC_GPU), shape=attention(16384, 16384))
+
+    def nearest(queries: int, tokens: int) -> list[Row]:
+        return tuning.nearest("op", H200, "bfloat16", attention(queries, tokens), (last, lower))
+
+    assert nearest(1100, 1100) == [lower]
+    assert nearest(20, 8192) == [last]
+    assert nearest(1024, 16384) == []
+
+
+def test_tiles_that_do_not_fit_leave_it_to_the_next_row(on_h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, row(MOSAIC_GPU, d=128), row(MOSAIC_GPU, rows=4096, d=64))
+    choice = pick(unsupported=lambda shape, dtype, tiles: "D" if tiles.get("d") == 128 else None)
+    assert (choice.implementation, choice.tiles) == (MOSAIC_GPU, {"d": 64})
+
+
+@pytest.mark.parametrize(("factor", "implementation"), [(1.6, MOSAIC_GPU), (1.4, XLA)])
+def test_a_relative_is_believed_where_its_kernel_was_clearly_faster(
+    on_h200: None, monkeypatch: pytest.MonkeyPatch, factor: float, implementation: str
+) -> None:
+    seconds = {XLA: factor, MOSAIC_GPU: 1.0}
+    measured(monkeypatch, replace(row(MOSAIC_GPU, device="NVIDIA H100 80GB HBM3"), seconds=seconds))
+    choice = pick()
+    assert choice.implementation == implementation
+    assert ("measured fastest on NVIDIA H100" in str(choice)) == (implementation == MOSAIC_GPU)
+    measured(monkeypatch, replace(row(MOSAIC_GPU, device="NVIDIA B200"), seconds=seconds))
+    assert pick().implementation == XLA
 
 
 def test_the_table_comes_back_as_written_and_stays_small(tmp_path: Path) -> None:
