@@ -28,8 +28,8 @@ NEAR = 2.0
 """A row serves shapes whose sizes are each within this factor of its own, but for those in FAR."""
 
 FAR = {"M": 16.0, "Q": 16.0, "Q/M": 4.0, "P": 4.0, "T": 4.0}
-"""Rows, queries, lengths of prefixes and items: how much there is of a thing decides less than what it looks like. In the
-last layer few tokens are queries, which is another problem than the layers below."""
+"""Rows, queries, lengths of prefixes and items: how much there is of a thing decides less than what it looks like. Few
+tokens are queries in the last layer, which is another problem than the layers below."""
 
 
 @dataclass(frozen=True)
