@@ -20,6 +20,9 @@ INTERPRETED = "mosaic_gpu_interpreted"
 
 IMPLEMENTATIONS = (XLA, MOSAIC_GPU, INTERPRETED)
 
+CLEARLY = 1.5
+"""How many times faster than XLA a kernel must have been on a GPU of the same kind to run on one that has no rows."""
+
 Unsupported = Callable[[Mapping[str, int], DTypeLike, Mapping[str, int]], str | None]
 """(shape, dtype, tiles) -> why a kernel cannot take such arguments on any device, or None if it can."""
 
@@ -97,8 +100,11 @@ def choose(
     _, device, _ = target_device()
     dtype_name = jax.numpy.dtype(dtype).name
     rows = tuning.nearest(op, device, dtype_name, shape) or _of_relatives(op, device, dtype_name, shape)
-    # Tiles of a row may not divide this shape; the next row's may.
-    row = next((row for row in rows if unsupported(shape, dtype, row.tiles) is None), rows[0] if rows else None)
+    fitting = [row for row in rows if unsupported(shape, dtype, row.tiles) is None]
+    # Tiles of a row may not divide this shape, where the next row's do. Where XLA won tiles do not matter.
+    row = next((row for row in rows if row.fastest == XLA or row in fitting), rows[0] if rows else None)
+    if implementation is not None:
+        row = fitting[0] if fitting else None
     tiles = row.tiles if row else {}
 
     def chosen(name: str, reason: str) -> Choice:
@@ -106,7 +112,7 @@ def choose(
 
     if implementation is not None:
         name, reason = implementation, "asked for by name"
-    elif row is not None:
+    elif row is not None and (row.device == device or row.seconds[XLA] >= CLEARLY * row.seconds[row.fastest]):
         name, reason = row.fastest, "measured fastest" + (f" on {row.device}" if row.device != device else "")
     else:
         return _record(chosen(XLA, "no kernel is measured"), fell_back=is_hopper(device))
@@ -122,16 +128,9 @@ def choose(
     return _record(chosen(XLA, why_not), fell_back=True)
 
 
-CLEARLY = 1.5
-"""How many times faster than XLA a kernel must have been on a GPU of the same kind to run on one that has no rows."""
-
-
 def _of_relatives(op: str, device: str, dtype: str, shape: Mapping[str, int]) -> list[tuning.Row]:
-    """Returns rows of other Hopper GPUs in which a kernel was clearly faster: the same cores, other memory."""
-    if not is_hopper(device):
-        return []
-    rows = [row for row in tuning.nearest(op, None, dtype, shape) if is_hopper(row.device)]
-    return [row for row in rows if row.seconds[XLA] >= CLEARLY * row.seconds[row.fastest]]
+    """Returns the rows of other Hopper GPUs, which have the same cores and other memory; none for another device."""
+    return [row for row in tuning.nearest(op, None, dtype, shape) if is_hopper(row.device) and is_hopper(device)]
 
 
 def _record(choice: Choice, *, fell_back: bool = False) -> Choice:

@@ -36,6 +36,7 @@ from jaxslm.score.scorer import Ranker, VectorRequest
 
 SPLIT = "dev"
 DENSE = "full text"
+
 Requests = Sequence[tuple[str, list[Item]]]
 """(query, items) of each request."""
 

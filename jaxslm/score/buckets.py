@@ -74,6 +74,7 @@ def default_buckets(platform: str) -> BucketConfig:
 
 
 FEW_PREFIX_TOKENS = 128
+"""Prefixes of `few_buckets`; a longer one joins its items."""
 
 
 def few_buckets(platform: str, config: RankerConfig, compressor: CompressorConfig | None = None) -> BucketConfig:

@@ -132,6 +132,25 @@ def test_tiles_that_do_not_fit_leave_it_to_the_next_row(on_h200: None, monkeypat
     assert (choice.implementation, choice.tiles) == (MOSAIC_GPU, {"d": 64})
 
 
+def test_where_xla_won_its_tiles_do_not_matter(on_h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, row(XLA, d=128), row(MOSAIC_GPU, rows=4096, d=64))
+
+    def divides(shape: Mapping[str, int], dtype: Any, tiles: Mapping[str, int]) -> str | None:
+        return "D" if tiles.get("d") == 128 else None
+
+    assert pick(unsupported=divides).implementation == XLA
+    assert pick(MOSAIC_GPU, unsupported=divides).tiles == {"d": 64}
+
+
+def test_the_nearest_row_of_a_relative_decides(on_h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a farther one in which a kernel was faster."""
+    device = "NVIDIA H100 80GB HBM3"
+    near = replace(row(MOSAIC_GPU, device=device), seconds={XLA: 1.1, MOSAIC_GPU: 1.0})
+    far = replace(row(MOSAIC_GPU, rows=4096, device=device), seconds={XLA: 3.0, MOSAIC_GPU: 1.0})
+    measured(monkeypatch, near, far)
+    assert pick().implementation == XLA
+
+
 @pytest.mark.parametrize(("factor", "implementation"), [(1.6, MOSAIC_GPU), (1.4, XLA)])
 def test_a_relative_is_believed_where_its_kernel_was_clearly_faster(
     on_h200: None, monkeypatch: pytest.MonkeyPatch, factor: float, implementation: str
