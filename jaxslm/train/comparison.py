@@ -8,8 +8,7 @@ goes on from there:
 * attention: per KV head, one query head of the answer token pools the query's tokens and another the item's, both
   through the same value projection: the principal directions of pooled states. What a token is, query or item, is read
   from its state by a probe, fitted so that the softmax over a row comes nearest to the plain mean that is wanted; it
-  stands in the slowest pair of RoPE's dimensions. Faster pairs add a function of the token's distance, fitted
-  afterwards for what the states leave open: behind a short query they cannot tell well whose a token is.
+  stands in the slowest pair of RoPE's dimensions.
 * MLP: silu(z) y - silu(-z) y = z y, so two neurons multiply one direction of the query by the same of the item, and
   the down projection adds the products up along one direction of the stream.
 * the label rows differ by that direction, times the temperature that fits the labels best, minus an offset.
@@ -30,7 +29,6 @@ from jaxslm.config import ModelConfig, RankerConfig
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_rows, vocab_rows
-from jaxslm.model.layers import rope_frequencies
 from jaxslm.model.layout import SharedPrefix
 from jaxslm.prompt import Prompt
 from jaxslm.train.losses import list_softmax
@@ -43,8 +41,6 @@ COSINE_STEP = 0.75
 RIDGE = 1e-2
 NEWTON_STEPS = 8
 PROBE_ROWS = 160
-WAVELENGTHS = (16, 1024)
-"""Of the pairs that tell distances, in tokens: items and queries are tens of tokens long."""
 UNUSED_SCALE = 0.02
 START_LOG_ODDS = -1.8
 """Mean log-odds at the start: few items of a list are relevant."""
@@ -175,19 +171,12 @@ def _layer(model: ModelConfig, sample: _Sample) -> tuple[Params, np.ndarray]:
     values_DX = _principal_directions(sample, pooled)
 
     answer_probe = _ridge(sample.answers, np.ones(len(sample.answers)))
+    query_probe, item_probe = (_probe(sample, role) * np.sqrt(H) for role in (0, 1))
     slow, slow_too = H // 2 - 1, H - 1  # one pair of RoPE: it turns by less than a thousandth per token
     w_q, w_k = random.normal(0, UNUSED_SCALE, (D, K, G, H)), np.zeros((D, K, H))
     w_q[:, :, :2] = 0
-    pairs = _distance_pairs(model)
-    rows = _ProbeRows.of(sample, _frequencies(model)[pairs])
-    w_k[:, :, pairs] = rows.one[:, None, None]
-    for head, dimension in ((0, slow), (1, slow_too)):
-        probe_D = rows.newton(head, rows.states, np.zeros(len(rows.states)))
-        wave_2J = rows.newton(head, rows.waves, rows.states @ probe_D).reshape(2, -1)
-        w_q[:, :, head, dimension] = answer_probe[:, None]
-        w_k[:, :, dimension] = probe_D[:, None] * np.sqrt(H)
-        w_q[:, :, head, pairs] = answer_probe[:, None, None] * wave_2J[0] * np.sqrt(H)
-        w_q[:, :, head, pairs + H // 2] = -answer_probe[:, None, None] * wave_2J[1] * np.sqrt(H)
+    w_q[:, :, 0, slow] = w_q[:, :, 1, slow_too] = answer_probe[:, None]
+    w_k[:, :, slow], w_k[:, :, slow_too] = query_probe[:, None], item_probe[:, None]
     w_o = np.zeros((K, G, H, D))
     norm = np.linalg.norm(sample.residuals, axis=1).mean() * POOLED_NORM
     for head, means, into_DX in ((0, sample.queries, query_DX), (1, sample.items, item_DX)):
@@ -211,65 +200,28 @@ def _layer(model: ModelConfig, sample: _Sample) -> tuple[Params, np.ndarray]:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree), sum_D
 
 
-def _frequencies(model: ModelConfig) -> np.ndarray:
-    return np.asarray(rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling), np.float64)
+def _probe(sample: _Sample, role: int) -> np.ndarray:
+    """The vector w [D] whose softmax(states . w) over a row is nearest, in KL, to the mean over the tokens of a role.
 
-
-def _distance_pairs(model: ModelConfig) -> np.ndarray:
-    """Which pairs of RoPE's dimensions a function of the distance is made of; never the slowest, the probes' own."""
-    lengths = 2 * np.pi / _frequencies(model)[:-1]
-    return np.flatnonzero((lengths >= WAVELENGTHS[0]) & (lengths <= WAVELENGTHS[1]))
-
-
-@dataclass(frozen=True)
-class _ProbeRows:
-    """Rows of a sample end to end, N tokens, float64.
-
-    Attributes:
-        states: of every token, [N, D]. roles: what a row's softmax should give each, for query and item, [2, N].
-        one: the vector [D] whose product with any state is nearly 1.
-        waves: that product times cos, then sin, of the distance to the row's last token at each frequency, [N, J].
-        starts: where rows begin. row_of: each token's row, [N].
+    A convex problem, solved by Newton's method on PROBE_ROWS rows.
     """
-
-    states: np.ndarray
-    roles: np.ndarray
-    one: np.ndarray
-    waves: np.ndarray
-    starts: np.ndarray
-    row_of: np.ndarray
-
-    @classmethod
-    def of(cls, sample: _Sample, frequencies: np.ndarray) -> "_ProbeRows":
-        """Takes PROBE_ROWS rows of the sample."""
-        rows = sample.rows[:: -(-len(sample.rows) // PROBE_ROWS)]
-        states_ND = np.concatenate([states_TD for states_TD, _ in rows])
-        roles_2N = np.concatenate([roles / roles.sum(axis=1, keepdims=True) for _, roles in rows], axis=1)
-        lengths = np.array([len(states_TD) for states_TD, _ in rows])
-        distance_N = np.concatenate([np.arange(length)[::-1] for length in lengths])
-        one_D = _ridge(states_ND, np.ones(len(states_ND)))
-        angles_NJ = distance_N[:, None] * frequencies
-        waves_NJ = (states_ND @ one_D)[:, None] * np.concatenate([np.cos(angles_NJ), np.sin(angles_NJ)], axis=1)
-        starts = np.cumsum([0, *lengths[:-1]])
-        return cls(states_ND, roles_2N, one_D, waves_NJ, starts, np.repeat(np.arange(len(rows)), lengths))
-
-    def newton(self, role: int, x_NJ: np.ndarray, given_N: np.ndarray) -> np.ndarray:
-        """Returns the w [J] whose softmax(given + x . w) over a row is nearest to the mean over the tokens of a role.
-
-        Nearest in KL: a convex problem, solved by Newton's method.
-        """
-        damping_JJ = RIDGE * np.mean(x_NJ**2) * np.eye(x_NJ.shape[1])
-        w_J = np.zeros(x_NJ.shape[1])
-        for _ in range(NEWTON_STEPS):
-            logits_N = given_N + x_NJ @ w_J
-            e_N = np.exp(logits_N - np.maximum.reduceat(logits_N, self.starts)[self.row_of])
-            p_N = e_N / np.add.reduceat(e_N, self.starts)[self.row_of]
-            means_RJ = np.add.reduceat(p_N[:, None] * x_NJ, self.starts)
-            gradient_J = (p_N - self.roles[role]) @ x_NJ / len(self.starts) + damping_JJ @ w_J
-            hessian_JJ = ((p_N[:, None] * x_NJ).T @ x_NJ - means_RJ.T @ means_RJ) / len(self.starts) + damping_JJ
-            step_J = np.linalg.solve(hessian_JJ, gradient_J)
-            w_J -= step_J / max(1.0, np.abs(x_NJ @ step_J).max() / 4)  # no logit moves by more than 4 at once
-        return w_J
+    rows = sample.rows[:: -(-len(sample.rows) // PROBE_ROWS)]
+    x_ND = np.concatenate([states_TD for states_TD, _ in rows])
+    wanted_N = np.concatenate([roles[role] / roles[role].sum() for _, roles in rows])
+    starts = np.cumsum([0] + [len(states_TD) for states_TD, _ in rows])[:-1]
+    row_of_N = np.repeat(np.arange(len(rows)), np.diff([*starts, len(x_ND)]))
+    damping_DD = RIDGE * np.mean(x_ND**2) * np.eye(x_ND.shape[1])
+    w_D = np.zeros(x_ND.shape[1])
+    for _ in range(NEWTON_STEPS):
+        logits_N = x_ND @ w_D
+        e_N = np.exp(logits_N - np.maximum.reduceat(logits_N, starts)[row_of_N])
+        p_N = e_N / np.add.reduceat(e_N, starts)[row_of_N]
+        means_RD = np.add.reduceat(p_N[:, None] * x_ND, starts)
+        gradient_D = (p_N - wanted_N) @ x_ND / len(rows) + damping_DD @ w_D
+        hessian_DD = ((p_N[:, None] * x_ND).T @ x_ND - means_RD.T @ means_RD) / len(rows) + damping_DD
+        step_D = np.linalg.solve(hessian_DD, gradient_D)
+        w_D -= step_D / max(1.0, np.abs(x_ND @ step_D).max() / 4)  # no logit moves by more than 4 at once
+    return w_D
 
 
 def _ridge(states_ND: np.ndarray, values_N: np.ndarray) -> np.ndarray:

@@ -13,15 +13,7 @@ from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, init_params
 from jaxslm.model.head import label_rows, log_odds
 from jaxslm.model.layout import SharedPrefix
-from jaxslm.train.comparison import (
-    NpBatch,
-    _distance_pairs,
-    _frequencies,
-    _ProbeRows,
-    _Sample,
-    _sample,
-    add_comparison_layer,
-)
+from jaxslm.train.comparison import NpBatch, _sample, add_comparison_layer
 from tests.tiny import tiny_config, tiny_params, tiny_ranker_config
 from tests.train.graded import PROMPT, ranker, write_graded
 
@@ -72,36 +64,6 @@ def test_the_new_layer_scores_by_the_similarity_of_mean_states(batches: list[NpB
     assert np.corrcoef(found, similarity)[0, 1] > 0.6
     seen = np.concatenate([scores(model, grown, CONFIG.label_token_ids, batch) for batch in batches[:6]])
     assert abs(seen.mean() + 1.8) < 0.01
-
-
-def test_the_distance_tells_roles_that_states_do_not() -> None:
-    """Behind short queries, states that are the same for both roles leave the item most of the query head's weight."""
-    generator = np.random.default_rng(0)
-    rows = []
-    for query in (1, 2, 3, 20) * 10:
-        states_TD = 1 + 0.1 * generator.standard_normal((4 + query + 40 + 3, 64))
-        roles_2T = np.zeros((2, len(states_TD)), bool)
-        roles_2T[0, 4 : 4 + query], roles_2T[1, 4 + query : -3] = True, True
-        rows.append((states_TD, roles_2T))
-    nothing = np.zeros((0, 64))
-    config = MODEL.model_copy(update={"head_dim": 64, "rope_theta": 100_000.0})
-    pairs = _distance_pairs(config)
-    assert config.head_dim // 2 - 1 not in pairs
-    probe = _ProbeRows.of(_Sample(rows, nothing, nothing, nothing, nothing), _frequencies(config)[pairs])
-    plain = probe.newton(0, probe.states, np.zeros(len(probe.states)))
-    wave = probe.newton(0, probe.waves, probe.states @ plain)
-
-    def on_query(logits: np.ndarray) -> float:
-        """The mean weight on the query's tokens."""
-        ends = [*probe.starts[1:], len(logits)]
-        shares = []
-        for start, end, (_, roles) in zip(probe.starts, ends, rows, strict=True):
-            weights = np.exp(logits[start:end])
-            shares.append(weights[roles[0]].sum() / weights.sum())
-        return float(np.mean(shares))
-
-    assert on_query(probe.states @ plain) < 0.4
-    assert on_query(probe.states @ plain + probe.waves @ wave) > 0.55
 
 
 def test_the_same_data_gives_the_same_layer(batches: list[NpBatch]) -> None:
