@@ -232,9 +232,10 @@ class Batcher:
 
     @property
     def queued_requests(self) -> int:
-        """Requests of which items wait for the device."""
+        """Clients' requests of which items wait for the device."""
         with self._changed:
-            return sum(not job.dropped for heap in self._heaps.values() for _, _, job in heap)
+            jobs = [job for heap in self._heaps.values() for _, _, job in heap]
+            return sum(not (job.dropped or job.trial) for job in jobs)
 
     @property
     def running_batches(self) -> int:

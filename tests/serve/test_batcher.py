@@ -245,6 +245,7 @@ def test_the_servers_own_passes_go_first_alone_and_are_not_counted(device: Numpy
                 time.sleep(0.001)
         others = [batcher.submit(PackRequest([3], [[4, 5]]), soon()) for _ in range(2)]
         trial = batcher.submit(PackRequest([9], [[9, 9]]), soon() + SOON, trial=True)
+        assert batcher.queued_requests == len(others)
         device.open.set()
         for job in (*blockers, *others, trial):
             job.future.result(SOON)
