@@ -15,7 +15,7 @@ from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_logits, label_rows, vocab_logits
 from jaxslm.model.layout import Rows, SharedPrefix
 from jaxslm.score.compiled import Batch
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 
 Cuts = Literal["all", "head", "none"]
 """What a pass leaves out: "all" as serving does; "head" computes the whole last layer; "none" also every token's

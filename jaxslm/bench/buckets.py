@@ -11,7 +11,8 @@ from jaxslm.config import BucketConfig
 from jaxslm.data_files import Request, read_records
 from jaxslm.errors import InputError
 from jaxslm.score.buckets import default_buckets, fit_buckets, pass_overhead, with_longer
-from jaxslm.score.packing import Packer, PackRequest
+from jaxslm.score.forward import PackRequest
+from jaxslm.score.packing import Packer
 
 
 def fit_buckets_to_file(

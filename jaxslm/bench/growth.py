@@ -22,7 +22,7 @@ from jaxslm.model.decoder import Params
 from jaxslm.progress import console
 from jaxslm.score.buckets import default_buckets
 from jaxslm.score.compiled import CompiledScorer
-from jaxslm.score.packing import Forward, PackRequest
+from jaxslm.score.forward import Forward, PackRequest
 from jaxslm.score.parallel import device_name
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from jaxslm.model.decoder import Params
 from jaxslm.progress import console
 from jaxslm.score.buckets import default_buckets, fit_buckets, pass_overhead
 from jaxslm.score.compiled import CompiledScorer
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 from jaxslm.score.warmup import compilations, warm_up
 from pallas_kernels.dispatch import CannotRunError
 

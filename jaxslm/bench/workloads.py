@@ -12,7 +12,7 @@ from jaxslm.checkpoint import load_checkpoint
 from jaxslm.config import ModelConfig, PromptConfig, RankerConfig
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params, init_params
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from jaxslm.model.layout import SharedPrefix
 from jaxslm.prompt import EncodedRequest, Prompt
 from jaxslm.prune.masks import Masks
 from jaxslm.score.buckets import make_bucket
-from jaxslm.score.packing import Forward, Packer, PackRequest
+from jaxslm.score.forward import Forward, PackRequest
+from jaxslm.score.packing import Packer
 from pallas_kernels.dispatch import XLA
 
 ITEMS_PER_REQUEST = 8

@@ -30,7 +30,7 @@ from jaxslm.progress import progress
 from jaxslm.quickstart.settings import MeasureSettings
 from jaxslm.score.buckets import few_buckets
 from jaxslm.score.compressed import VectorScorer
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 from jaxslm.score.parallel import device_name
 from jaxslm.score.scorer import Ranker, VectorRequest
 

@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 
 from jaxslm.config import Bucket, BucketConfig, CompressorConfig, RankerConfig
-from jaxslm.score.packing import Packer, PackRequest
+from jaxslm.score.forward import PackRequest
+from jaxslm.score.packing import Packer
 
 ITEM_EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Item lengths of the default buckets. Only attention sees the padding up to them."""

@@ -16,7 +16,8 @@ from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_logits, label_rows, log_probabilities
 from jaxslm.model.layout import Layout, Rows, SharedPrefix
 from jaxslm.score.buckets import default_buckets
-from jaxslm.score.packing import MAX_LABEL_IDS, Forward, Packer, PackRequest, empty_forward, values_per_item
+from jaxslm.score.forward import MAX_LABEL_IDS, Forward, PackRequest, empty_forward, values_per_item
+from jaxslm.score.packing import Packer
 from jaxslm.score.parallel import parallelise, replicate, scoring_devices
 
 Batch = Mapping[str, Any]

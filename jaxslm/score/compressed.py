@@ -12,7 +12,7 @@ from jaxslm.config import CompressorConfig
 from jaxslm.errors import InputError
 from jaxslm.prompt import Prompt
 from jaxslm.score.compiled import CompiledScorer
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 
 Vectors = Sequence[Float[np.ndarray, "_ _"]] | Float[np.ndarray, "J C D"]
 """The embedding tokens of each item, [C, D]; C may differ between items."""

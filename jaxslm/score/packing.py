@@ -6,8 +6,7 @@ many rows as it needs. So a bucket fits any mix of requests, and linear maps see
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -15,98 +14,11 @@ from jaxtyping import Bool, Float, Int, Int32
 
 from jaxslm.config import Bucket, BucketConfig
 from jaxslm.errors import InputError
+from jaxslm.score.forward import MAX_LABEL_IDS, OVERRIDES, Forward, PackRequest
 
 TOKENS_PER_PAIR = 1 / 1500
 """What one attended (query, key) pair costs, as a share of a token in the linear maps: about 1/3000 for models of
 0.1 to 0.6 B parameters, counted double because small products run at half the speed."""
-
-
-OVERRIDES = -1
-"""The kind of requests whose vectors may stand anywhere."""
-
-MAX_LABEL_IDS = 16
-"""Tokens whose log-probabilities one item may ask for."""
-
-
-@dataclass(frozen=True)
-class PackRequest:
-    """One request in token ids.
-
-    Attributes:
-        prefix_ids: what all items share; may be empty. item_ids: the tokens of each item, at least one each.
-        vectors: embeddings [items, C, D] that replace tokens of each item, if any.
-        vector_places: which of an item's tokens they replace, -1 for none; its first C if None.
-        label_ids: tokens, MAX_LABEL_IDS at most, whose log-probabilities among the whole vocabulary are asked for too.
-    """
-
-    prefix_ids: Sequence[int]
-    item_ids: Sequence[Sequence[int]]
-    vectors: Float[np.ndarray, "J C D"] | None = None
-    vector_places: Int[np.ndarray, "J C"] | None = None
-    label_ids: tuple[int, ...] = ()
-
-    @property
-    def vectors_per_item(self) -> int:
-        """C, 0 without vectors."""
-        return 0 if self.vectors is None else self.vectors.shape[1]
-
-    @property
-    def kind(self) -> int:
-        """Requests of one kind can share a pass: the number of vectors per item, or OVERRIDES, however many."""
-        return self.vectors_per_item if self.vector_places is None else OVERRIDES
-
-    def items_at(self, places: Sequence[int] | Int[np.ndarray, " n"]) -> "PackRequest":
-        """Returns the request with these of its items alone."""
-        return replace(
-            self,
-            item_ids=[self.item_ids[place] for place in places],
-            vectors=None if self.vectors is None else self.vectors[places],
-            vector_places=None if self.vector_places is None else self.vector_places[places],
-        )
-
-
-def values_per_item(requests: Sequence[PackRequest]) -> int:
-    """Returns how many numbers each item gets when these are scored together: two logits and what `label_ids` ask."""
-    return 2 + (MAX_LABEL_IDS if any(request.label_ids for request in requests) else 0)
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One bucket filled with items.
-
-    Attributes:
-        bucket: the shape. tokens: [M] int32, zero where there is padding.
-        prefix: [R, P], items: [R, J, T]: index of each token in `tokens`, M where there is none.
-        vectors: [R, J, C, D] if the bucket has vectors. vector_places: where they go in `tokens`, M for none, unless
-            they are each item's first ones.
-        places: for each item held, its slot in the flattened [R, J]. indices: its number among all items of the input.
-        real_tokens: how many of the M places are filled.
-        label_ids: tokens that each item asks for, the last one repeated to fill the row, -1 where it asks for none;
-            None if no item does.
-    """
-
-    bucket: Bucket
-    tokens: Int32[np.ndarray, " M"]
-    prefix: Int32[np.ndarray, "R P"]
-    items: Int32[np.ndarray, "R J T"]
-    vectors: Float[np.ndarray, "R J C D"] | None
-    places: Int[np.ndarray, " held"]
-    indices: Int[np.ndarray, " held"]
-    real_tokens: int
-    label_ids: Int32[np.ndarray, "held L"] | None = None
-    vector_places: Int32[np.ndarray, "R J C"] | None = None
-
-    @cached_property
-    def asking(self) -> Int[np.ndarray, " asking"]:
-        """Numbers, among the items held, of those that ask for log-probabilities."""
-        return np.zeros(0, np.int64) if self.label_ids is None else np.flatnonzero(self.label_ids[:, 0] >= 0)
-
-    @property
-    def batch(self) -> dict[str, np.ndarray]:
-        """The arrays that the compiled function takes."""
-        batch = {"tokens": self.tokens, "prefix": self.prefix, "items": self.items}
-        more = {"vectors": self.vectors, "vector_places": self.vector_places}
-        return batch | {name: array for name, array in more.items() if array is not None}
 
 
 def pair_tokens(bucket: Bucket) -> float:
@@ -421,23 +333,3 @@ def _indices(starts: np.ndarray, lengths: np.ndarray, width: int, *, otherwise: 
     """Returns [n, width]: starts, starts + 1, ... for `lengths` entries, then `otherwise`."""
     offsets = np.arange(width)
     return np.where(offsets < lengths[:, None], starts[:, None] + offsets, otherwise)
-
-
-def empty_forward(bucket: Bucket, vectors: np.ndarray | None = None) -> Forward:
-    """Returns a pass without items: what a device computes when it has nothing to do, and what warm-up compiles with.
-
-    Args:
-        vectors: vectors of another pass of the bucket, whose shape and dtype the empty ones get.
-    """
-    M, R, J, none = bucket.tokens, bucket.rows, bucket.items_per_row, np.zeros(0, np.int64)
-    return Forward(
-        bucket,
-        np.zeros(M, np.int32),
-        np.full((R, bucket.prefix_tokens), M, np.int32),
-        np.full((R, J, bucket.item_tokens), M, np.int32),
-        None if vectors is None else np.zeros_like(vectors),
-        none,
-        none,
-        0,
-        vector_places=np.full((R, J, bucket.vector_places), M, np.int32) if bucket.overrides_per_item else None,
-    )

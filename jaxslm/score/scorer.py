@@ -19,7 +19,7 @@ from jaxslm.prompt import EncodedRequest
 from jaxslm.score.buckets import default_buckets, with_vectors
 from jaxslm.score.compiled import CompiledScorer, compute_dtype, make_score_fn
 from jaxslm.score.compressed import VectorRequest, Vectors, VectorScorer
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 from jaxslm.score.parallel import scoring_devices
 from jaxslm.score.warmup import warm_up
 

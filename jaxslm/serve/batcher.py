@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from jaxslm.errors import InputError
-from jaxslm.score.packing import Forward, Packer, PackRequest, values_per_item
+from jaxslm.score.forward import Forward, PackRequest, values_per_item
+from jaxslm.score.packing import Packer
 from jaxslm.serve.metrics import Metrics
 
 QUEUED_AHEAD = 2

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 from jaxslm.score.warmup import compilations
 from jaxslm.serve.batcher import Batcher, DeadlineError, DeviceError
 

@@ -8,7 +8,7 @@ from jaxtyping import Float32
 
 from jaxslm.data_files import Item
 from jaxslm.score.compressed import VectorRequest
-from jaxslm.score.packing import MAX_LABEL_IDS, PackRequest
+from jaxslm.score.forward import MAX_LABEL_IDS, PackRequest
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.cache import CachedScore, ScoreCache, score_key
 from jaxslm.serve.catalogue import Catalogue

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxslm.data_files import NonEmpty
-from jaxslm.score.packing import MAX_LABEL_IDS
+from jaxslm.score.forward import MAX_LABEL_IDS
 
 OnMiss = Literal["fail", "text", "skip"]
 ItemStatus = Literal["text", "embedding", "not_found", "stale", "corrupt"]

@@ -13,7 +13,7 @@ from jaxslm.compress.encoder import load_encoder
 from jaxslm.config import BucketConfig, load_toml
 from jaxslm.errors import InputError
 from jaxslm.items.store import Store
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.batcher import Batcher
 from jaxslm.serve.buckets import PASS_TOKENS, serving_buckets

@@ -11,7 +11,8 @@ import pytest
 from jaxslm.config import Bucket, BucketConfig
 from jaxslm.model.layout import SharedPrefix
 from jaxslm.score.compiled import make_score_fn
-from jaxslm.score.packing import Packer, PackRequest
+from jaxslm.score.forward import PackRequest
+from jaxslm.score.packing import Packer
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import INTERPRETED, MOSAIC_GPU, XLA, explain
 from pallas_kernels.prefix_item_attention import reference

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from jaxslm.config import Bucket, BucketConfig, CompressorConfig
 from jaxslm.errors import InputError
 from jaxslm.score.buckets import default_buckets, fit_buckets, make_bucket, with_longer, with_vectors
-from jaxslm.score.packing import Forward, Packer, PackRequest, empty_forward
+from jaxslm.score.forward import Forward, PackRequest, empty_forward
+from jaxslm.score.packing import Packer
 from tests.tiny import tiny_config
 
 SMALL = BucketConfig(

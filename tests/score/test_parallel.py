@@ -13,7 +13,8 @@ from jaxslm.model.decoder import Decoder
 from jaxslm.model.head import vocab_logits
 from jaxslm.model.layout import Rows
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
-from jaxslm.score.packing import Packer, PackRequest, empty_forward
+from jaxslm.score.forward import PackRequest, empty_forward
+from jaxslm.score.packing import Packer
 from jaxslm.score.parallel import replicate
 from jaxslm.score.warmup import compilations, warm_up
 from tests.tiny import VOCAB_SIZE, tiny_config, tiny_params, tiny_ranker_config

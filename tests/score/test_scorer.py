@@ -13,7 +13,8 @@ from jaxslm.config import Bucket, BucketConfig
 from jaxslm.errors import InputError
 from jaxslm.model.layout import LONG_PREFIX
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
-from jaxslm.score.packing import Packer, PackRequest
+from jaxslm.score.forward import PackRequest
+from jaxslm.score.packing import Packer
 from jaxslm.score.scorer import Ranker, load
 from jaxslm.score.warmup import compilations, compile_ahead, export_score_fn, use_compilation_cache, warm_up
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_params, tiny_ranker_config

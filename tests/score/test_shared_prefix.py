@@ -16,7 +16,7 @@ from jaxslm.errors import InputError
 from jaxslm.model import layout
 from jaxslm.model.layout import LONG_PREFIX, causal_attention
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 from jaxslm.score.warmup import compilations, warm_up
 from tests.tiny import TINY_CONFIGS, VOCAB_SIZE, tiny_params, tiny_ranker_config
 

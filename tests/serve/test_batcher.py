@@ -10,7 +10,8 @@ import pytest
 
 from jaxslm.config import Bucket, BucketConfig
 from jaxslm.errors import InputError
-from jaxslm.score.packing import Forward, Packer, PackRequest
+from jaxslm.score.forward import Forward, PackRequest
+from jaxslm.score.packing import Packer
 from jaxslm.serve.batcher import Batcher, DeadlineError, DeviceError
 from jaxslm.serve.metrics import Metrics
 

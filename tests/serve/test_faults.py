@@ -17,7 +17,7 @@ import pytest
 
 from jaxslm.items.store import StoreUnavailable
 from jaxslm.score.compiled import CompiledScorer
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 from jaxslm.serve.batcher import Batcher, Job
 from jaxslm.serve.run import Server
 from tests.serve.tiny_server import ADMIN, log_lines, metric, process

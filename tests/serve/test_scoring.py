@@ -18,7 +18,7 @@ from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder
 from jaxslm.model.head import vocab_logits
 from jaxslm.model.layout import Rows
-from jaxslm.score.packing import PackRequest
+from jaxslm.score.forward import PackRequest
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.engine import Engine
 from jaxslm.serve.run import Server

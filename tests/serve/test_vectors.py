@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxslm.config import CompressorConfig
-from jaxslm.score.packing import Packer, PackRequest
+from jaxslm.score.forward import PackRequest
+from jaxslm.score.packing import Packer
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.buckets import OVERRIDES_PER_ITEM, serving_buckets
 from jaxslm.serve.run import Server
