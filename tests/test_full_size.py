@@ -7,8 +7,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +22,7 @@ from jaxslm.prune.model import PruneSettings, check_target
 from jaxslm.quickstart.full_size import FullSize, FullSizeSettings
 from jaxslm.quickstart.int8 import read_int8, write_int8
 from jaxslm.score.scorer import load
+from tests.scripts import load_script
 from tests.test_quickstart import BATCHES, make_demo
 from tests.tiny import tiny_checkpoint, tiny_config
 
@@ -63,15 +62,7 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module. Without its bytecode, which would lie beside the scripts."""
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    loader = SourceFileLoader("reproduce_gpu", str(SCRIPT))
-    spec = spec_from_loader("reproduce_gpu", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_script(SCRIPT, monkeypatch)
 
 
 def call(*arguments: str | Path) -> subprocess.Popen[str]:

@@ -4,28 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tests.scripts import load_script
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_gpu"
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module. Without its bytecode, which would lie beside the scripts."""
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    loader = SourceFileLoader("bench_gpu", str(SCRIPT))
-    spec = spec_from_loader("bench_gpu", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_script(SCRIPT, monkeypatch)
 
 
 def run(out: Path, *arguments: str) -> tuple[str, dict[str, Any]]:

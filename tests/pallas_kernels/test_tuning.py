@@ -5,8 +5,6 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from importlib import import_module
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,21 +19,14 @@ from pallas_kernels.dispatch import MOSAIC_GPU, XLA
 from pallas_kernels.gated_mlp import reference
 from pallas_kernels.gated_mlp.specs import SMALL
 from pallas_kernels.specs import OPS, TOLERANCE, worst_row_error
+from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "tune_kernels.py"
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module. Without its bytecode, which would lie beside the scripts."""
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    loader = SourceFileLoader("tune_kernels", str(SCRIPT))
-    spec = spec_from_loader("tune_kernels", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_script(SCRIPT, monkeypatch)
 
 
 def test_tiles_with_a_wrong_result_are_reported_and_not_written(
