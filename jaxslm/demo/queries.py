@@ -9,6 +9,8 @@ from jaxslm.demo.postings import Occupation
 
 DEV_SHARE = 0.18
 HIGHEST_GRADE = 3
+TITLE_SHARE = 0.25
+"""Of the queries of a mixed file."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,10 @@ def in_order(queries: Iterable[GradedQuery]) -> list[GradedQuery]:
     return sorted(queries, key=lambda query: _hash(query.query_id))
 
 
-def dev_title_queries(occupations: Sequence[Occupation], kept_out: Iterable[str]) -> list[GradedQuery]:
-    """Returns the titles of the dev postings as queries: short ones, as people type them, to choose a model by.
+def posting_title_queries(occupations: Sequence[Occupation], kept_out: Iterable[str]) -> SplitQueries:
+    """Returns the postings' own titles as queries: short ones, as people type them.
+
+    Those of the dev side choose a model; those of the training side are for distillation, whose labels a teacher gives.
 
     Args:
         kept_out: queries for evaluation; a title that is one of them, up to punctuation and a plural s, is left out.
@@ -100,11 +104,20 @@ def dev_title_queries(occupations: Sequence[Occupation], kept_out: Iterable[str]
     codes = [occupation.code for occupation in occupations]
     _, dev_groups = split_groups(codes)
     evaluated = {_singular(text) for text in kept_out}
-    return in_order(
-        GradedQuery(f"title-{occupation.code}", occupation.title, grade_postings({occupation.code}, codes))
-        for occupation in occupations
-        if minor_group(occupation.code) in dev_groups and _singular(occupation.title) not in evaluated
-    )
+    sides: tuple[list[GradedQuery], list[GradedQuery]] = ([], [])
+    for occupation in occupations:
+        if _singular(occupation.title) not in evaluated:
+            grades = grade_postings({occupation.code}, codes)
+            query = GradedQuery(f"title-{occupation.code}", occupation.title, grades)
+            sides[minor_group(occupation.code) in dev_groups].append(query)
+    train, dev = map(in_order, sides)
+    return SplitQueries(train, dev, {"evaluated": len(occupations) - len(train) - len(dev)})
+
+
+def mixed_queries(queries: Sequence[GradedQuery], titles: Sequence[GradedQuery]) -> list[GradedQuery]:
+    """Returns titles and the first of other queries, so many that TITLE_SHARE are titles: searches of every length."""
+    others = queries[: round(len(titles) / TITLE_SHARE) - len(titles)]
+    return in_order([*titles, *others])
 
 
 def title_queries(occupations: Sequence[Occupation], titles: Mapping[str, Mapping[str, str]]) -> list[GradedQuery]:

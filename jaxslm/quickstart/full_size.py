@@ -45,6 +45,7 @@ class FullSizeSettings(QuickstartSettings):
     recover: Overrides = (
         "comparison_layer=false",
         "steps=600",
+        "data.queries=demo/jobs/train-mixed.jsonl",
         "data.seed=1",
         "losses={binary_cross_entropy=0.1, list_softmax=0.25, distillation=1.0, list_distillation=0.5,"
         " every_state=1.0}",

@@ -182,6 +182,11 @@ class Pipeline:
     def _encoder_training(self) -> EncoderTraining:
         return self._load(self._settings.recipe.encoder, EncoderTraining, self.start, self._settings.encoder)
 
+    @cached_property
+    def _recovery(self) -> RankerTraining:
+        overrides = _paths(**{"teacher.checkpoint": self.ranker}) + self._settings.recover
+        return self._load(self._settings.recipe.recover, RankerTraining, self.pruned, overrides)
+
     @property
     def _ks(self) -> tuple[int, ...]:
         return self._compressor_training.compressor.ks
@@ -190,9 +195,11 @@ class Pipeline:
         """Returns a config of the recipe with this folder's paths. The prompt is the same in all stages, that of
         the ranker's, since `convert` put it into the first checkpoint; quality is measured once, at the end.
         """
-        paths = {"model": model, "data.items": self.jobs / "items.jsonl", "data.queries": self.jobs / "train.jsonl"}
-        settings = load_toml(CONFIGS / f"{name}.toml", kind, _paths(**paths) + overrides)
-        return settings.model_copy(update={"evaluation": None, "prompt": None})
+        paths = _paths(model=model, **{"data.items": self.jobs / "items.jsonl"})
+        settings = load_toml(CONFIGS / f"{name}.toml", kind, paths + overrides)
+        queries = str(self.jobs / Path(settings.data.queries).name)
+        data = settings.data.model_copy(update={"queries": queries})
+        return settings.model_copy(update={"data": data, "evaluation": None, "prompt": None})
 
     def _fetch_data(self) -> None:
         counts = self._fetch(self._out / "demo")["counts"]
@@ -231,12 +238,11 @@ class Pipeline:
             width_multiple=chosen.width_multiple,
             calibration_tokens=chosen.calibration_tokens,
         )
-        prune_checkpoint(self.ranker, self.jobs / "train.jsonl", self.pruned, settings, items=self.jobs / "items.jsonl")
+        data = self._recovery.data
+        prune_checkpoint(self.ranker, Path(data.queries), self.pruned, settings, items=Path(data.items))
 
     def _recover(self) -> None:
-        overrides = _paths(**{"teacher.checkpoint": self.ranker}) + self._settings.recover
-        settings = self._load(self._settings.recipe.recover, RankerTraining, self.pruned, overrides)
-        _go_on(train_ranker(settings, self.recovered))
+        _go_on(train_ranker(self._recovery, self.recovered))
 
     def _train_compressor(self) -> None:
         _go_on(train_compressor(self._compressor_training, self.compressed))
