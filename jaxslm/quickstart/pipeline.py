@@ -27,14 +27,14 @@ from jaxslm.train.compressor_settings import CompressorTraining
 from jaxslm.train.encoder import train_encoder
 from jaxslm.train.loop import TrainResult
 from jaxslm.train.ranker import train_ranker
-from jaxslm.train.settings import EncoderTraining, RankerTraining, TrainingSettings
+from jaxslm.train.settings import EncoderTraining, RankerTraining
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 """The recipe: what `jaxslm train` reads. It lies beside the package in a checkout of the repository."""
 
 Fetch = Callable[[Path], dict[str, Any]]
 """Fills the data folder and returns what `jaxslm.demo.fetch_demo` does."""
-Training = TypeVar("Training", bound=TrainingSettings)
+Training = TypeVar("Training", EncoderTraining, RankerTraining, CompressorTraining)
 
 
 def run(

@@ -6,7 +6,7 @@ many rows as it needs. So a bucket fits any mix of requests, and linear maps see
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
