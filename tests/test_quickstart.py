@@ -70,6 +70,7 @@ def make_demo(data: Path) -> dict[str, Any]:
         (data / "model").mkdir()
         write_gguf(data / "model" / "tiny.gguf", MODEL)
         write_toy_data(data / "jobs")
+        shutil.copy(data / "jobs" / "train.jsonl", data / "jobs" / "train-mixed.jsonl")
     return {"counts": COUNTS}
 
 
