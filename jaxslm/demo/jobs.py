@@ -50,9 +50,9 @@ def write_jobs(
         counts |= _write_queries(folder, name, side)
         counts |= {f"{name}_{kind}_queries": _count_kind(side, kind) for kind in ("task", "dwa")}
     bls = title_queries(occupations, titles)
-    own = posting_title_queries(occupations, [query.query for query in bls])
-    counts |= _write_queries(folder, "train-mixed", mixed_queries(queries.train, own.train))
-    counts |= _write_queries(folder, "dev-titles", own.dev)
+    train_titles, dev_titles = posting_title_queries(occupations, [query.query for query in bls])
+    counts |= _write_queries(folder, "train-mixed", mixed_queries(queries.train, train_titles))
+    counts |= _write_queries(folder, "dev-titles", dev_titles)
     counts |= _write_queries(folder, "bls", bls)
     split = json.dumps({"train_groups": train_groups, "dev_groups": dev_groups}, indent=1)
     (folder / "split.json").write_text(split + "\n", encoding="utf-8")

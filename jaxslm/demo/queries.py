@@ -93,10 +93,12 @@ def in_order(queries: Iterable[GradedQuery]) -> list[GradedQuery]:
     return sorted(queries, key=lambda query: _hash(query.query_id))
 
 
-def posting_title_queries(occupations: Sequence[Occupation], kept_out: Iterable[str]) -> SplitQueries:
-    """Returns the postings' own titles as queries: short ones, as people type them.
+def posting_title_queries(
+    occupations: Sequence[Occupation], kept_out: Iterable[str]
+) -> tuple[list[GradedQuery], list[GradedQuery]]:
+    """Returns the postings' own titles of the (train, dev) sides as queries: short ones, as people type them.
 
-    Those of the dev side choose a model; those of the training side are for distillation, whose labels a teacher gives.
+    Those of the dev side choose a model; those of the training side are for distillation, by a teacher's scores first.
 
     Args:
         kept_out: queries for evaluation; a title that is one of them, up to punctuation and a plural s, is left out.
@@ -110,8 +112,7 @@ def posting_title_queries(occupations: Sequence[Occupation], kept_out: Iterable[
             grades = grade_postings({occupation.code}, codes)
             query = GradedQuery(f"title-{occupation.code}", occupation.title, grades)
             sides[minor_group(occupation.code) in dev_groups].append(query)
-    train, dev = map(in_order, sides)
-    return SplitQueries(train, dev, {"evaluated": len(occupations) - len(train) - len(dev)})
+    return in_order(sides[0]), in_order(sides[1])
 
 
 def mixed_queries(queries: Sequence[GradedQuery], titles: Sequence[GradedQuery]) -> list[GradedQuery]:

@@ -47,7 +47,7 @@ a work of the US Government.
 * **Activity queries** (`dwa-…`): titles of detailed work activities, relevant to every occupation mapped to
   them.
 * **Titles of postings** (`title-…`): a posting's own title as a short query; those of the dev side to choose a model
-  by, those of the train side for distillation, where a teacher says what fits. A title that is also a query of
+  by, those of the train side for distillation, where a teacher's scores weigh most. A title that is also a query of
   `bls.jsonl`, up to punctuation and a plural s, is left out.
 * **Title queries** (`bls-…`): a person at BLS filed this search title under the profile of that occupation.
   Kept are titles whose profile bears the title of a posting, without those that differ from it by punctuation

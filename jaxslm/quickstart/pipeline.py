@@ -192,8 +192,10 @@ class Pipeline:
         return self._compressor_training.compressor.ks
 
     def _load(self, name: str, kind: type[Training], model: Path, overrides: tuple[str, ...]) -> Training:
-        """Returns a config of the recipe with this folder's paths. The prompt is the same in all stages, that of
-        the ranker's, since `convert` put it into the first checkpoint; quality is measured once, at the end.
+        """Returns a config of the recipe with this folder's paths; of its path of queries, the file's name counts.
+
+        The prompt is the same in all stages, that of the ranker's, since `convert` put it into the first checkpoint;
+        quality is measured once, at the end.
         """
         paths = _paths(model=model, **{"data.items": self.jobs / "items.jsonl"})
         settings = load_toml(CONFIGS / f"{name}.toml", kind, paths + overrides)
