@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -152,6 +153,12 @@ def run(task: Task, settings: TrainingSettings, out: Path) -> TrainResult:
     return TrainResult(True, loop.step, settings.steps, out, metrics, wish.wished)
 
 
+@cache
+def _ceiling_of(dtype: jnp.dtype) -> float:
+    """`matmul_ceiling`, measured once in a process: it takes seconds where other work runs beside."""
+    return matmul_ceiling(dtype)
+
+
 class _Loop:
     """The moving parts of a run: state, data position, log."""
 
@@ -166,7 +173,7 @@ class _Loop:
         self._rates: optax.Schedule = learning_rates(settings.optimiser, settings.steps)
         self.step = int(self._state["step"])
         self._log = RunLog(folder, self.step, tensorboard=settings.tensorboard)
-        self._ceiling = matmul_ceiling(task.dtype) * mesh.size
+        self._ceiling = _ceiling_of(task.dtype) * mesh.size
         self._clock = time.perf_counter()
 
     def _restore(self) -> State | None:

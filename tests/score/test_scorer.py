@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxslm.config import Bucket, BucketConfig
 from jaxslm.errors import InputError
@@ -116,6 +117,7 @@ def test_the_compilation_cache_keeps_programs(tmp_path: Path) -> None:
         "jax_persistent_cache_min_entry_size_bytes",
     )
     before = {name: getattr(jax.config, name) for name in names}
+    compilation_cache.reset_cache()  # of the tests; a process keeps to the first folder it has used
     use_compilation_cache(tmp_path / "cache")
     try:
         jax.jit(lambda x: jnp.sin(x) * 3 + 1)(np.ones(7, np.float32)).block_until_ready()
@@ -123,3 +125,4 @@ def test_the_compilation_cache_keeps_programs(tmp_path: Path) -> None:
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()
