@@ -80,6 +80,45 @@ def bars(names: Sequence[str], values: Sequence[float], *, title: str, write: Ca
     return draw(plot, 350, 20 + 26 * len(names), title=f"{title}: {said}", caption=title)
 
 
+def differences(rows: Sequence[Row]) -> Drawing | None:
+    """Returns each ranker's nDCG@10 minus the dense one's with its interval, or None if no row has both."""
+    known = [
+        (row.name, row.ndcg_minus_dense, row.ndcg_minus_dense_ci95)
+        for row in rows
+        if row.ndcg_minus_dense is not None and row.ndcg_minus_dense_ci95 not in (None, (0.0, 0.0))  # the dense one
+    ]
+    if not known:
+        return None
+    names, means, intervals = zip(*known, strict=True)
+
+    def plot(axes: "Axes") -> None:
+        places = range(len(names))
+        errors = [[mean - low, high - mean] for mean, (low, high) in zip(means, intervals, strict=True)]
+        axes.errorbar(
+            means,
+            places,
+            xerr=np.transpose(errors),
+            fmt=MARKERS[0],
+            color=LIGHT["series-1"],
+            elinewidth=1.2,
+            capsize=2.5,
+        )
+        axes.axvline(0, color=LIGHT["ink"], linewidth=1.2, zorder=0)
+        axes.set_yticks(places, [_shortened(name, 24) for name in names])
+        axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="nDCG@10 minus the dense ranker's")
+        axes.grid(visible=False, axis="y")
+
+    said = ", ".join(f"{name} {mean:+.3f}" for name, mean in zip(names, means, strict=True))
+    return draw(
+        plot,
+        760,
+        60 + 26 * len(names),
+        title=f"nDCG@10 minus the dense ranker's: {said}",
+        caption="Paired by query, with 95 % intervals. Left of the line at 0 something is lost; an interval across it"
+        " shows neither loss nor gain.",
+    )
+
+
 def load_curve(workload: str, steps: Sequence[LoadStep]) -> Drawing | None:
     """Returns latency percentiles against the offered load with the target of 500 ms, or None if nothing was scored."""
     known = [

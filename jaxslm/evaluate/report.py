@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxslm.atomic import new_folder, refuse_existing
 from jaxslm.evaluate.figures import DARK, LIGHT, SERIES, Drawing, css_variables
-from jaxslm.evaluate.plots import bars, frontier, load_curve
+from jaxslm.evaluate.plots import bars, differences, frontier, load_curve
 from jaxslm.evaluate.reliability import reliability
 from jaxslm.evaluate.results import Row, Section, read_results
 
@@ -83,6 +83,8 @@ def _drawings(section: Section) -> dict[str, Drawing]:
     drawings: dict[str, Drawing] = {}
     if (drawing := frontier(section.rows)) is not None:
         drawings["frontier"] = drawing
+    if (drawing := differences(section.rows)) is not None:
+        drawings["differences"] = drawing
     for workload in dict.fromkeys(step.workload for step in section.load):
         steps = [step for step in section.load if step.workload == workload]
         if (drawing := load_curve(workload, steps)) is not None:

@@ -33,10 +33,13 @@ def ranking() -> dict[str, Any]:
         {"name": "random order", "ndcg_at_10": 0.2},
         {"name": "BM25", "ndcg_at_10": 0.55, "ndcg_ci95": [0.53, 0.57], "rr_at_10": 0.3},
         {"name": "full text", "ndcg_at_10": 0.71, "ndcg_ci95": [0.69, 0.73], "items_per_s": 21.3, **cost}
+        | {"ndcg_minus_dense": 0.0, "ndcg_minus_dense_ci95": [0.0, 0.0]}
         | {"calibration": calibration(0)},
         {
             "name": "k=8",
             "minus_text": {"mean": -0.0123, "ci95": [-0.02, 0.004]},
+            "ndcg_minus_dense": -0.0321,
+            "ndcg_minus_dense_ci95": [-0.05, -0.01],
             "ndcg_at_10": 0.7,
             "ndcg_ci95": [0.68, 0.72],
             "items_per_s": 1310.0,
@@ -106,7 +109,7 @@ def test_the_page_shows_every_number_and_needs_nothing_from_elsewhere(report: Pa
 
 
 def test_every_plot_is_there_as_svg_and_png(report: Path) -> None:
-    kinds = {"frontier", "load-text-300", "tokens", "flops", "parameters", "calibration-1"}
+    kinds = {"frontier", "differences", "load-text-300", "tokens", "flops", "parameters", "calibration-1"}
     for suffix in (".svg", ".png"):
         names = {re.sub(r"^\d-(frontier|serve)-", "", path.stem) for path in report.glob(f"*{suffix}")}
         assert names == kinds
@@ -131,6 +134,9 @@ def test_points_and_lines_have_their_names_beside_them(report: Path) -> None:
     written = "".join(frontier.itertext())
     for name in ("full text", "k=8", "BM25, 0.550", "below: random order, 0.200", EVIL[:20]):
         assert name in written
+    differences = "".join(ElementTree.parse(report / "1-frontier-differences.svg").getroot().itertext())
+    assert "k=8" in differences
+    assert "full text" not in differences  # it is what others are compared with
     load = "".join(ElementTree.parse(report / "2-serve-load-text-300.svg").getroot().itertext())
     assert all(name in load for name in ("p50", "p95", "p99", "500 ms"))
 
