@@ -14,10 +14,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs in pytest's cache folder: tests build the same small models again and again."""
+    from jaxslm.score.warmup import use_compilation_cache  # not before the package's types are checked
+
     if config.cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        use_compilation_cache(config.cache.mkdir("compiled"))
 
 
 @pytest.fixture
