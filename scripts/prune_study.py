@@ -2,6 +2,8 @@
 
     python scripts/prune_study.py --dense ranker --data demo/jobs --out study --mlp-keep 768 --drop-layers 2 \\
         --recovery configs/cpu-recover.toml --recover osscar --gradual --limit 400
+    python scripts/prune_study.py --dense ranker --data demo/jobs --out study \\
+        --arm last drop_layers=2 --arm influence drop_layers=2 depth_criterion=block-influence
 
 Checkpoints in --out are reused, so a stopped study goes on. Prints one JSON object last and writes it to
 OUT/result.json, a result file for `jaxslm report`.
@@ -17,7 +19,7 @@ from jaxslm.config import load_toml
 from jaxslm.evaluate.checkpoints import evaluate_loaded, read_split
 from jaxslm.evaluate.rerank import sample_queries
 from jaxslm.prune.model import PruneSettings
-from jaxslm.prune.study import Calibrated, arms, prune_gradually, recover, row, speed_in_turns
+from jaxslm.prune.study import Calibrated, arms, changed, prune_gradually, recover, row, speed_in_turns
 from jaxslm.score.scorer import load
 from jaxslm.train.settings import RankerTraining
 
@@ -30,6 +32,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="a.b=value in --recovery")
     parser.add_argument("--recover", nargs="*", default=[], help="names of arms to recover")
     parser.add_argument("--only", nargs="*", help="names of arms; all criteria with and without re-fitting")
+    parser.add_argument(
+        "--arm",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "KEY=VALUE"),
+        help="in place of the criteria: settings of pruning that differ from the flags below",
+    )
     parser.add_argument("--gradual", action="store_true", help="recover the first arm's target in four stages too")
     parser.add_argument("--splits", nargs="*", default=["dev"], help="for example dev bls")
     parser.add_argument("--limit", type=int, help="queries of each split")
@@ -47,7 +57,8 @@ def main() -> None:
     fields = PruneSettings.model_fields.keys() & vars(options).keys()
     base = PruneSettings(**{name: getattr(options, name) for name in fields})
     calibrated = Calibrated(options.data / "train-mixed.jsonl", options.data / "items.jsonl")
-    chosen = {name: arm for name, arm in arms(base).items() if not options.only or name in options.only}
+    asked = {name: changed(base, tuple(changes)) for name, *changes in options.arm}
+    chosen = asked or {name: arm for name, arm in arms(base).items() if not options.only or name in options.only}
     paths = {"dense": options.dense}
     recovery = load_toml(options.recovery, RankerTraining, tuple(options.overrides)) if options.recovery else None
     for name, settings in chosen.items():
@@ -72,7 +83,10 @@ def main() -> None:
             report = dense if name == "dense" else evaluate_loaded(ranker, options.data, split, name=name, **lists)
             measured = row(f"{name}, {split}", report, dense, ranker)
             rows.append(measured | {"items_per_s": round(speed[name], 2)})
-            print(f"{name}, {split}: nDCG@10 {measured['ndcg_at_10']:.3f}", file=sys.stderr)
+            print(
+                f"{name}, {split}: nDCG@10 {measured['ndcg_at_10']:.3f}, tau {measured['kendall_tau_to_dense']}",
+                file=sys.stderr,
+            )
     result = {"rows": rows, "conditions": conditions}
     with new_file(options.out / "result.json") as file:
         file.write_text(json.dumps(result, indent=1) + "\n")

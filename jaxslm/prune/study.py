@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jaxslm.checkpoint import load_manifest
-from jaxslm.config import ModelConfig
+from jaxslm.config import ModelConfig, load_toml
 from jaxslm.data_files import Item, Query
 from jaxslm.errors import InputError
+from jaxslm.evaluate.agreement import kendall_tau
 from jaxslm.evaluate.candidates import candidates
 from jaxslm.evaluate.rerank import Report
 from jaxslm.evaluate.significance import paired_bootstrap
@@ -45,6 +46,12 @@ def arms(base: PruneSettings) -> dict[str, PruneSettings]:
         for criterion in get_args(Criterion)
         for refit in (True, False)
     }
+
+
+def changed(base: PruneSettings, changes: tuple[str, ...]) -> PruneSettings:
+    """Returns `base` after `name=value` changes; raises InputError as `load_toml`."""
+    stated = tuple(f"{name}={value}" for name, value in base.model_dump(exclude_defaults=True).items())
+    return load_toml(None, PruneSettings, stated + changes)
 
 
 def recover(pruned: Path, dense: Path, out: Path, recovery: RankerTraining, share: float = 1.0) -> None:
@@ -95,8 +102,9 @@ def prune_gradually(
 
 
 def row(name: str, report: Report, dense: Report, ranker: Ranker) -> dict[str, Any]:
-    """Returns a ranker's row of a result file, with its difference to the dense one on the same queries."""
+    """Returns a ranker's row of a result file: its difference to the dense one on the same queries, and their tau."""
     difference = paired_bootstrap(report.ranker.per_query(), dense.ranker.per_query())
+    tau = kendall_tau(report.run, dense.run)
     model = ranker.config.model
     return {
         **report.to_json(),
@@ -107,6 +115,7 @@ def row(name: str, report: Report, dense: Report, ranker: Ranker) -> dict[str, A
         "prune_seconds": ranker.manifest.metrics.get("prune_seconds"),
         "ndcg_minus_dense": difference.mean,
         "ndcg_minus_dense_ci95": [difference.low, difference.high],
+        "kendall_tau_to_dense": None if tau is None else tau.mean,
     }
 
 

@@ -47,6 +47,8 @@ def test_files_compare_as_runs_do(data: Path) -> None:
     assert found["measures"]["rr_at_10"]["first"] == 1
     same = compare_run_files(data / "good.run", data / "good.run", data, "dev")
     assert all(numbers["ci95"] == [0, 0] for numbers in same["measures"].values())
+    assert same["kendall_tau"] == {"mean": 1, "ci95": [1, 1]}
+    assert abs(found["kendall_tau"]["mean"]) < 0.5
 
 
 def test_runs_of_other_queries_are_refused(data: Path, tmp_path: Path) -> None:

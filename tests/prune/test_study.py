@@ -8,8 +8,10 @@ import pytest
 from jaxslm.bench.workloads import MODELS
 from jaxslm.checkpoint import load_checkpoint, load_manifest
 from jaxslm.data_files import Item, Judged, Query
+from jaxslm.errors import InputError
+from jaxslm.evaluate.rerank import evaluate_ranker
 from jaxslm.prune.model import PruneSettings
-from jaxslm.prune.study import Calibrated, arms, prune_gradually, speed_in_turns, stages
+from jaxslm.prune.study import Calibrated, arms, changed, prune_gradually, row, speed_in_turns, stages
 from tests.prune.made import PROMPT
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_ranker
 from tests.train.toy import toy_folder, toy_ranker
@@ -20,6 +22,15 @@ def test_arms_are_all_criteria_with_and_without_refitting() -> None:
     assert len(found) == 12
     assert found["osscar"] == PruneSettings(mlp_keep=1536, seed=3)
     assert found["wanda, not re-fitted"] == PruneSettings(mlp_keep=1536, seed=3, criterion="wanda", refit=False)
+
+
+def test_an_arm_changes_some_settings_and_keeps_the_others() -> None:
+    base = PruneSettings(mlp_keep=1536, calibration_tokens=500)
+    found = changed(base, ("depth_criterion=keep-last-1", "drop_layers=2"))
+    assert found == PruneSettings(mlp_keep=1536, calibration_tokens=500, depth_criterion="keep-last-1", drop_layers=2)
+    assert changed(base, ()) == base
+    with pytest.raises(InputError, match="drop_layer: Extra inputs"):
+        changed(base, ("drop_layer=2",))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +54,19 @@ def test_speed_in_turns(tmp_path: Path) -> None:
     speed = speed_in_turns(rankers, queries, items, k=2, rounds=2)
     assert speed.keys() == {"a", "b"}
     assert min(speed.values()) > 0
+
+
+def test_a_row_says_what_a_ranker_loses_against_the_dense_one(tmp_path: Path) -> None:
+    dense, other = (tiny_ranker(tmp_path / name, seed=seed, **PROMPT) for seed, name in enumerate("ab"))
+    items = {name: Item(id=name, text=name) for name in ("nurse", "baker", "pilot", "welder")}
+    queries = [Query(query_id=name, query=f"a {name}", items=(Judged(id=name, label=1.0),)) for name in items]
+    reports = [evaluate_ranker(each.log_odds, queries, items, k=4, name="any") for each in (dense, other)]
+    same, changed_row = row("dense", reports[0], reports[0], dense), row("other", reports[1], reports[0], other)
+    assert same["ndcg_minus_dense_ci95"] == [0, 0]
+    assert same["kendall_tau_to_dense"] == 1
+    expected = reports[1].ranker.estimates["ndcg_at_10"].mean - reports[0].ranker.estimates["ndcg_at_10"].mean
+    assert changed_row["ndcg_minus_dense"] == pytest.approx(expected)
+    assert changed_row["kendall_tau_to_dense"] < 1
 
 
 def test_pruning_and_recovering_in_stages(tmp_path: Path) -> None:
