@@ -99,10 +99,12 @@ class EncoderTraining(TrainingSettings):
 
     Attributes:
         temperature: of the softmax over in-batch cosines.
+        roles: weight of the term by which tokens of query and item can be told apart.
     """
 
     data: PairSettings
     temperature: PositiveFloat = 0.05
+    roles: Weight = 2.0
 
 
 class LossWeights(Settings):

@@ -14,7 +14,7 @@ from jaxslm.model.decoder import Decoder
 from jaxslm.model.head import label_rows, log_odds
 from jaxslm.model.layout import Rows
 from jaxslm.train import losses
-from jaxslm.train.encoder import encoder_loss
+from jaxslm.train.encoder import ROLE, encoder_loss
 from jaxslm.train.partition import LABEL_ROWS, join_params, split_params
 from jaxslm.train.ranker import ranker_loss
 from jaxslm.train.settings import OptimiserSettings, RankerLosses
@@ -107,11 +107,28 @@ def test_items_of_all_devices_are_negatives() -> None:
     whole = pair_batch(generator, 8) | {"tokens": np.concatenate([half["tokens"] for half in halves])}
 
     def loss(mesh: Any) -> LossFn:
-        return encoder_loss(CONFIG, Decoder(CONFIG.model), 2, 0.05, mesh)
+        return encoder_loss(CONFIG, Decoder(CONFIG.model), 2, 0.05, 2.0, mesh)
 
     (one,), _ = train(loss, [[whole]], devices=1, accumulate=1)
     (two,), _ = train(loss, [halves], devices=2, accumulate=1)
     np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+def test_tokens_tell_whose_they_are() -> None:
+    batch, params = pair_batch(np.random.default_rng(0), 4), tiny_params(CONFIG.model)
+    mesh = make_mesh(jax.devices()[:1])
+    trainable, tables = split_params(params, CONFIG, freeze_embeddings=True)
+    loss = encoder_loss(CONFIG, Decoder(CONFIG.model), 2, 0.05, 2.0, mesh)
+    of_one = {name: array[0] for name, array in put_batch([batch], 1, mesh).items()}
+    total, terms = loss(trainable, {"tables": tables, "teacher": {}}, of_one)
+    np.testing.assert_allclose(total, terms["info_nce"] + 2 * terms["roles"], rtol=1e-6)
+    index = np.concatenate([batch["prefix"], batch["items"][:, 0]], axis=1)
+    whole = Rows(jnp.ones(index.shape, bool), last_only=False)
+    states = Decoder(CONFIG.model).apply({"params": params}, jnp.asarray(batch["tokens"][index]), whole)
+    no, yes = np.asarray(label_rows(params, CONFIG.label_token_ids))
+    along = np.asarray(states)[:, 2:] @ (yes - no) / np.linalg.norm(yes - no)
+    role = np.where(np.arange(8) < 3, 1, -1)
+    np.testing.assert_allclose(terms["roles"], np.mean((along / ROLE - role) ** 2), rtol=1e-4)
 
 
 def test_remat_changes_nothing_but_memory() -> None:
