@@ -31,7 +31,7 @@ class MeasureSettings(Settings):
     queries: Positive = 40
     candidates: Positive = 20
     speed_requests: Positive = 2
-    speed_items: Positive = 40
+    speed_items: Positive = 50
     repeats: Positive = 3
 
 
