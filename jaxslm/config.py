@@ -253,7 +253,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.split(".")
     if not equals or not all(keys):
-        raise InputError(f"--set {override}: must be a.b=value")
+        raise InputError(f"setting {override}: must be a.b=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -261,5 +261,5 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise InputError(f"--set {override}: {key} is a value, not a table")
+            raise InputError(f"setting {override}: {key} is a value, not a table")
     tree[keys[-1]] = value

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxslm.data_files import Item
+from jaxslm.errors import exit_on_input_error
 from jaxslm.evaluate.candidates import document_text
 from jaxslm.evaluate.checkpoints import read_split
 from jaxslm.evaluate.rerank import evaluate_ranker, print_report
@@ -75,4 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error("bi_encoder_baseline"):
+        main()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxslm.atomic import new_folder
+from jaxslm.errors import exit_on_input_error
 from jaxslm.evaluate.checkpoints import read_split
 from jaxslm.evaluate.compression import study
 
@@ -73,4 +74,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error("compression_study"):
+        main()

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 
+from jaxslm.errors import exit_on_input_error
 from jaxslm.evaluate.checkpoints import evaluate_loaded, read_split
 from jaxslm.evaluate.rerank import Report
 from jaxslm.score.parallel import device_name
@@ -123,4 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error("int8_study"):
+        main()

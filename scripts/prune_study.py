@@ -16,6 +16,7 @@ from pathlib import Path
 
 from jaxslm.atomic import new_file
 from jaxslm.config import load_toml
+from jaxslm.errors import exit_on_input_error
 from jaxslm.evaluate.checkpoints import evaluate_loaded, read_split
 from jaxslm.evaluate.rerank import sample_queries
 from jaxslm.prune.model import PruneSettings
@@ -55,7 +56,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     fields = PruneSettings.model_fields.keys() & vars(options).keys()
-    base = PruneSettings(**{name: getattr(options, name) for name in fields})
+    flags = {name: value for name in fields if (value := getattr(options, name)) is not None}
+    base = changed(PruneSettings(), tuple(f"{name}={value}" for name, value in flags.items()))
     calibrated = Calibrated(options.data / "train-mixed.jsonl", options.data / "items.jsonl")
     asked = {name: changed(base, tuple(changes)) for name, *changes in options.arm}
     chosen = asked or {name: arm for name, arm in arms(base).items() if not options.only or name in options.only}
@@ -94,4 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error("prune_study"):
+        main()

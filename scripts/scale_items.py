@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxslm.atomic import refuse_existing
+from jaxslm.errors import exit_on_input_error
 from jaxslm.items.lookup import ItemVectors
 from jaxslm.items.record import Record, RecordIdentity, pack_record
 from jaxslm.items.store import Store, open_store
@@ -119,4 +120,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error("scale_items"):
+        main()

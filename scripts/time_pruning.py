@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 
 from jaxslm.bench.workloads import MODELS, model_named, random_requests, workload_named
+from jaxslm.errors import exit_on_input_error
 from jaxslm.prompt import EncodedRequest
 from jaxslm.prune.calibrate import pack_calibration
 from jaxslm.prune.model import PruneSettings, prune_model
@@ -56,4 +57,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error("time_pruning"):
+        main()

@@ -42,10 +42,10 @@ def test_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("prompt.max_tokens", "--set prompt.max_tokens: must be a.b=value"),
-        ("=3", "--set =3: must be a.b=value"),
+        ("prompt.max_tokens", "setting prompt.max_tokens: must be a.b=value"),
+        ("=3", "setting =3: must be a.b=value"),
         ("prompt..max_tokens=3", "must be a.b=value"),
-        ("rate.x=3", "--set rate.x=3: rate is a value, not a table"),
+        ("rate.x=3", "setting rate.x=3: rate is a value, not a table"),
         ("prompt.colour=red", "prompt.colour: Extra inputs are not permitted"),
         ("prompt.max_tokens=many", "prompt.max_tokens: Input should be a valid integer"),
         ("prompt.max_tokens=8", "prompt.max_tokens: Input should be greater than or equal to 32"),

@@ -30,8 +30,9 @@ def frontier(rows: Sequence[Row]) -> Drawing | None:
     def plot(axes: "Axes") -> None:
         speeds = [x for _, x, _ in points]
         _scale(axes, "x", speeds)
-        margin = max(1.25, (max(speeds) / min(speeds)) ** 0.18)
-        axes.set(xlim=(min(speeds) / margin, max(speeds) * margin), xlabel="items/s", ylabel="nDCG@10")
+        span = max(speeds) / min(speeds)
+        left, right = max(1.25, span**0.18), max(1.4, span**0.3)  # a name fits to the right of the fastest
+        axes.set(xlim=(min(speeds) / left, max(speeds) * right), xlabel="items/s", ylabel="nDCG@10")
         best = _undominated([(x, y) for _, x, y in points])
         axes.plot(*zip(*best, strict=True), color=LIGHT["muted"], linewidth=1, zorder=1)
         for (row, x, y), marker, role in zip(points, cycle(MARKERS), cycle(SERIES), strict=False):
@@ -45,7 +46,8 @@ def frontier(rows: Sequence[Row]) -> Drawing | None:
         _label_ends(axes, [(f"{_shortened(row.name, 20)}, {y:.3f}", edge, y) for row, y in lines if y >= floor])
         _label_below(axes, [f"{row.name}, {y:.3f}" for row, y in lines if y < floor])
         occupied = [(x, low, high) for row, x, y in points for low, high in [row.ndcg_ci95 or (y, y)]]
-        _label_points(axes, [(row.name, x, y) for row, x, y in points], occupied, best)
+        levels = [y for _, y in lines if y >= floor]
+        _label_points(axes, [(row.name, x, y) for row, x, y in points], occupied, best, levels)
 
     said = [f"{row.name} {y:.3f} at {x:,.3g} items/s" for row, x, y in points]
     said += [f"{row.name} {y:.3f}" for row, y in lines]
@@ -206,11 +208,12 @@ def _label_points(
     points: Sequence[tuple[str, float, float]],
     bars: Sequence[tuple[float, float, float]],
     line: Sequence[tuple[float, float]],
+    levels: Sequence[float],
 ) -> None:
     """Writes each point's name beside it, where it covers least of what is there already.
 
     Args:
-        bars: vertical ones, as (x, low, high). line: corners of a line.
+        bars: vertical ones, as (x, low, high). line: corners of a line. levels: heights of horizontal lines.
     """
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     pixels = axes.transData.transform
@@ -221,6 +224,8 @@ def _label_points(
         taken += [_box(*place - 3, *place + 3) for place in np.linspace(start, end, 40)]
     taken += [text.get_window_extent() for text in axes.texts]
     inside = axes.get_window_extent()
+    heights = [pixels((points[0][1], level))[1] for level in levels]
+    taken += [_box(inside.x0, height - 2, inside.x1, height + 2) for height in heights]
     for name, x, y in points:
         covered = []
         for offset in _LABEL_PLACES:
