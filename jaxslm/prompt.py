@@ -23,6 +23,10 @@ class Template:
 
     `after_query` and `after_item` are tokenised with what stands before them: some tokenizers join a newline to the
     punctuation in front of it.
+
+    Attributes:
+        gathers_query: `after_query` is a question, whose tokens have read the query and nothing else and are the same
+            behind every query, so that what stands behind them finds them: in training their mean state is the query's.
     """
 
     prefix: str
@@ -31,6 +35,7 @@ class Template:
     suffix: str
     yes: str
     no: str
+    gathers_query: bool = False
 
 
 TEMPLATES = {
@@ -56,14 +61,16 @@ TEMPLATES = {
         yes=" yes",
         no=" no",
     ),
-    # For models trained from here on: every word that is repeated for each item costs, so there is hardly one.
+    # For models trained from here on: every word that is repeated for each item costs, so there is hardly one; those
+    # behind the query are read once for all items.
     "brief": Template(
         prefix="{instruction}\nQuery:",
-        after_query="\nDocument:",
+        after_query="\nWhich document matches the query best?\nDocument:",
         after_item="\n",
         suffix="Match:",
         yes=" yes",
         no=" no",
+        gathers_query=True,
     ),
 }
 
@@ -130,10 +137,21 @@ class Prompt:
         return self._ids(self._tokenizer, [self.template.suffix])[0]
 
     @cached_property
+    def query_from(self) -> int:
+        """Where in a request's prefix the tokens begin whose mean state is the query's; negative counts from its end.
+
+        The query and what stands behind it, or only the latter in a template that `gathers_query`.
+        """
+        return -self._words_after_query if self.template.gathers_query else len(self.prefix_ids)
+
+    @cached_property
+    def _words_after_query(self) -> int:
+        return len(self._ids(self._text_tokenizer, [self.template.after_query])[0])
+
+    @cached_property
     def words_around(self) -> tuple[int, int]:
         """How many tokens the prompt's own words are around a query and around an item."""
-        after_query, after_item = self._ids(self._text_tokenizer, [self.template.after_query, self.template.after_item])
-        return len(self.prefix_ids) + len(after_query), len(after_item) + len(self.suffix_ids)
+        return len(self.prefix_ids) + self._words_after_query, len(self._after_item_ids) + len(self.suffix_ids)
 
     @cached_property
     def sha256(self) -> str:

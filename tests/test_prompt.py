@@ -25,7 +25,8 @@ YES_NO = (
     "{instruction}\nQuery: {query}\nDocument: {document}\n"
     "Does the document match the query, yes or no? Answer:"
 )  # fmt: skip
-TEXTS = {"qwen3-reranker": QWEN3_RERANKER, "yes-no": YES_NO}
+BRIEF = "{instruction}\nQuery: {query}\nWhich document matches the query best?\nDocument: {document}\nMatch:"
+TEXTS = {"qwen3-reranker": QWEN3_RERANKER, "yes-no": YES_NO, "brief": BRIEF}
 
 
 @cache
@@ -79,6 +80,17 @@ def test_a_title_without_text_is_the_document(template: str) -> None:
     built = prompt(template).encode("nurse", items)
     expected = whole_text_ids(template, "nurse", "Nurse.", tiny_tokenizer_json())
     assert [built.prefix_ids + ids for ids in built.item_ids] == [expected] * 3
+
+
+@pytest.mark.parametrize("query", ["welder", "Weld pipes?", "x" * 40])
+def test_the_query_is_read_from_itself_or_from_the_question_behind_it(query: str) -> None:
+    plain, asked = prompt("yes-no"), prompt("brief")
+    tokenizer = plain_tokenizer(tiny_tokenizer_json())
+    own = plain.encode_query(query)[plain.query_from :]
+    assert tokenizer.decode(own, skip_special_tokens=False).lstrip() == f"{query}\nDocument:"
+    behind = asked.encode_query(query)[asked.query_from :]
+    assert behind[1:] == asked.encode_query("any")[asked.query_from + 1 :]
+    assert tokenizer.decode(behind[1:]) == "Which document matches the query best?\nDocument:"
 
 
 def test_qwen3_reranker_bytes() -> None:

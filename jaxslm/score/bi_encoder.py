@@ -77,7 +77,7 @@ class BiEncoder:
                 states = self._encode(rows[part], len(self._item_prefix), self._rows, self._longest)
                 self._items |= {item.id: state for item, state in zip(new[part], states, strict=True)}
         longest = -(-len(query_ids) // _QUERY_STEP) * _QUERY_STEP
-        query_D = self._encode([query_ids], len(self._prompt.prefix_ids), 1, longest)[0]
+        query_D = self._encode([query_ids], self._prompt.query_from % len(query_ids), 1, longest)[0]
         return np.stack([self._items[item.id] for item in items]) @ query_D
 
     def _encode(self, ids: Sequence[Sequence[int]], skipped: int, rows: int, longest: int) -> np.ndarray:

@@ -147,14 +147,14 @@ def _sample(model: ModelConfig, params: Params, prompt: Prompt, batches: Sequenc
 
 def _roles(states_MD: np.ndarray, batch: NpBatch, prompt: Prompt) -> list[tuple[np.ndarray, np.ndarray]]:
     """`_Sample.rows` of one batch."""
-    M, words, suffix = len(states_MD), len(prompt.prefix_ids), len(prompt.suffix_ids)
+    M, suffix = len(states_MD), len(prompt.suffix_ids)
     rows = []
     for prefix_P, items_JT, valid_J in zip(batch["prefix"], batch["items"], batch["valid"], strict=True):
         prefix = prefix_P[prefix_P < M]
         for item_T in items_JT[valid_J]:
             item = item_T[item_T < M]
             roles_2T = np.zeros((2, len(prefix) + len(item)), bool)
-            roles_2T[0, words : len(prefix)] = True
+            roles_2T[0, : len(prefix)][prompt.query_from :] = True
             roles_2T[1, len(prefix) : -suffix] = True
             rows.append((states_MD[np.concatenate([prefix, item])], roles_2T))
     return rows

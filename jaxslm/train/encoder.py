@@ -46,7 +46,7 @@ ROLE = 3.0
 
 
 def encoder_loss(
-    config: RankerConfig, decoder: Decoder, prompt_words: int, temperature: float, roles_weight: float, mesh: Mesh
+    config: RankerConfig, decoder: Decoder, query_from: int, temperature: float, roles_weight: float, mesh: Mesh
 ) -> LossFn:
     """Returns InfoNCE over the pairs of a batch (van den Oord, 1807.03748); its negatives are the items of all devices.
 
@@ -55,7 +55,7 @@ def encoder_loss(
     which the label rows differ, r = 1 for the query's tokens and -1 for the item's.
 
     Args:
-        prompt_words: tokens in front of the query, which are not the query's.
+        query_from: `Prompt.query_from`, of the prompt that the texts stand in.
     """
     part = P(DATA)
 
@@ -63,7 +63,8 @@ def encoder_loss(
         M = tokens.shape[1]
         layout = EveryToken(prefix[0], items[0], M)
         states_MD = jnp.asarray(decoder.apply({"params": params}, tokens[0], layout)).astype(jnp.float32)
-        own_RP = prefix[0].at[:, :prompt_words].set(M)
+        lengths_R1 = jnp.sum(prefix[0] < M, axis=1, keepdims=True)
+        own_RP = jnp.where(jnp.arange(prefix.shape[2]) >= query_from % lengths_R1, prefix[0], M)
         queries_BD = mean_of_items(states_MD, own_RP[:, None])[:, 0]
         items_BD = mean_of_items(states_MD, items[0])[item_rows[0], 0]
         roles_M = jnp.zeros(M).at[own_RP].set(1, mode="drop").at[items[0]].set(-1, mode="drop")
@@ -115,7 +116,7 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
     task = Task(
         kind="encoder",
         start=start,
-        loss_fn=encoder_loss(start.config, decoder, len(prompt.prefix_ids), settings.temperature, settings.roles, mesh),
+        loss_fn=encoder_loss(start.config, decoder, prompt.query_from, settings.temperature, settings.roles, mesh),
         batches=batches,
         work=lambda batch: pair_work(start.config.model, batch, settings.train_layers),
         evaluate=evaluate,

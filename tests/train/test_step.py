@@ -114,6 +114,33 @@ def test_items_of_all_devices_are_negatives() -> None:
     np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
+def test_the_query_can_be_read_from_the_end_of_prefixes_of_any_length() -> None:
+    batch, params = pair_batch(np.random.default_rng(0), 4), tiny_params(CONFIG.model)
+    M = len(batch["tokens"])
+    prefix = batch["prefix"].copy()
+    prefix[0, 3:], prefix[2, 4:] = M, M
+    mesh = make_mesh(jax.devices()[:1])
+    trainable, tables = split_params(params, CONFIG, freeze_embeddings=True)
+    loss = encoder_loss(CONFIG, Decoder(CONFIG.model), -2, 0.05, 2.0, mesh)
+    of_one = {name: array[0] for name, array in put_batch([batch | {"prefix": prefix}], 1, mesh).items()}
+    _, terms = loss(trainable, {"tables": tables, "teacher": {}}, of_one)
+    no, yes = np.asarray(label_rows(params, CONFIG.label_token_ids))
+    pooled, errors = [], []
+    for prefix_P, item_T in zip(prefix, batch["items"][:, 0], strict=True):
+        own = np.sum(prefix_P < M)
+        row = batch["tokens"][np.concatenate([prefix_P[:own], item_T])]
+        layout = Rows(jnp.ones((1, len(row)), bool), last_only=False)
+        states = np.asarray(Decoder(CONFIG.model).apply({"params": params}, jnp.asarray(row[None]), layout))[0]
+        query, item = states[own - 2 : own], states[own:]
+        pooled.append((query.mean(axis=0), item.mean(axis=0)))
+        along = np.concatenate([query, item]) @ (yes - no) / np.linalg.norm(yes - no)
+        errors += [*((along / ROLE - np.repeat([1, -1], [2, len(item)])) ** 2)]
+    queries, items = (jnp.asarray(np.stack(each)) for each in zip(*pooled, strict=True))
+    expected = losses.info_nce(queries, items, 0.05, jnp.asarray(batch["positive"]))
+    np.testing.assert_allclose(terms["info_nce"], expected, rtol=1e-4)
+    np.testing.assert_allclose(terms["roles"], np.mean(errors), rtol=1e-4)
+
+
 def test_tokens_tell_whose_they_are() -> None:
     batch, params = pair_batch(np.random.default_rng(0), 4), tiny_params(CONFIG.model)
     mesh = make_mesh(jax.devices()[:1])
