@@ -1,4 +1,4 @@
-"""The one exception for input that breaks a rule: the command line and the scripts turn it into a line and exit code 2."""
+"""The one exception for input that breaks a rule: commands and scripts turn it into one line and exit code 2."""
 
 import sys
 from collections.abc import Iterator

@@ -12,8 +12,16 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
-        ("prune_study.py", "--dense no --data no --out o --calibration-tokens 0", "calibration_tokens: Input should be greater"),
-        ("prune_study.py", "--dense no --data no --out o --arm a drop_layers", "setting drop_layers: must be a.b=value"),
+        (
+            "prune_study.py",
+            "--dense no --data no --out o --calibration-tokens 0",
+            "calibration_tokens: Input should be greater",
+        ),
+        (
+            "prune_study.py",
+            "--dense no --data no --out o --arm a drop_layers",
+            "setting drop_layers: must be a.b=value",
+        ),
         ("prune_study.py", "--dense no --data no --out o", "no"),
         ("compression_study.py", "--data no --out o arm", "no"),
         ("time_pruning.py", "--model smollm2-135m --layers 1 --calibration-tokens 2000 --mlp-keep 9999", "9999"),
