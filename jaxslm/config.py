@@ -84,7 +84,7 @@ class PromptConfig(Settings):
 
     Attributes:
         template: "qwen3-reranker" (the published prompt of Qwen3-Reranker) or "yes-no" (a plain question) or
-            "brief" (hardly a word per item, for models that are trained to read it).
+            "brief" (hardly a word per item and a question behind the query, for models that are trained to read it).
         instruction: what relevance means here, in a sentence.
         max_tokens: longest row in tokens; only the item's body is cut to keep it.
         max_item_tokens: most tokens of an item, title and text, however much room its row has: what a ranker is trained
