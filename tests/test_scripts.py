@@ -24,7 +24,6 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
         ),
         ("prune_study.py", "--dense no --data no --out o", "no"),
         ("compression_study.py", "--data no --out o arm", "no"),
-        ("time_pruning.py", "--model smollm2-135m --layers 1 --calibration-tokens 2000 --mlp-keep 9999", "9999"),
     ],
 )
 def test_bad_input_is_one_line(
