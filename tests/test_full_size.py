@@ -233,7 +233,8 @@ def test_what_is_missing_is_told_at_once(
         script.importlib.metadata, "distributions", lambda: [each for each in found() if each.name != "lmdb"]
     )
     monkeypatch.setattr(sys, "argv", ["reproduce_gpu", "run", "--work", str(tmp_path)])
-    assert script.main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
     assert capsys.readouterr().err == "reproduce_gpu: error: packages: lmdb>=1.7 (here not installed)\n"
 
 
@@ -241,5 +242,6 @@ def test_a_cpu_is_refused_without_settings_of_its_own(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["reproduce_gpu", "run", "--work", str(tmp_path)])
-    assert script.main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
     assert "jax finds no GPU here" in capsys.readouterr().err

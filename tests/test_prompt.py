@@ -130,7 +130,7 @@ def test_truncation_cuts_the_body_only(template: str, text: str, repeats: int, t
     assert built.item_ids[1] == whole.item_ids[1]
     assert built.truncated == [len(whole.item_ids[0]) > room, False]
     if built.truncated[0]:
-        newline = [plain_tokenizer(tiny_tokenizer_json()).token_to_id("Ċ")] if template == "yes-no" else []
+        newline = [plain_tokenizer(tiny_tokenizer_json()).token_to_id("Ċ")] if template != "qwen3-reranker" else []
         end = newline + short.suffix_ids
         assert built.item_ids[0] == whole.item_ids[0][: room - len(end)] + end
     else:
