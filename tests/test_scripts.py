@@ -22,8 +22,8 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
             "--dense no --data no --out o --arm a drop_layers",
             "setting drop_layers: must be a.b=value",
         ),
-        ("prune_study.py", "--dense no --data no --out o", "no"),
-        ("compression_study.py", "--data no --out o arm", "no"),
+        ("prune_study.py", "--dense no --data no --out o", "no: not a checkpoint"),
+        ("compression_study.py", "--data no --out o arm", "no: holds neither items.jsonl"),
     ],
 )
 def test_bad_input_is_one_line(
