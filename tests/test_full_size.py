@@ -32,9 +32,9 @@ SMALL = (*BATCHES, "remat=false")
 SETTINGS = {
     "encoder": [
         *("steps=2", "save_every=1", "data.pairs_per_batch=4", "data.tokens_per_batch=600", "remat=false"),
-        *("data.max_prefix_tokens=60", "data.max_item_tokens=60", "optimiser.warmup_steps=0"),
+        *("data.max_prefix_tokens=80", "data.max_item_tokens=60", "optimiser.warmup_steps=0"),
     ],
-    "ranker": [*SMALL, "prompt.max_tokens=128", "steps=3"],
+    "ranker": [*SMALL, "prompt.max_tokens=168", "steps=3"],
     "recover": [
         *(*SMALL, "comparison_layer=false"),
         "losses={binary_cross_entropy=0.1, distillation=1.0, every_state=1.0}",
