@@ -129,6 +129,7 @@ class CompressorConfig(Settings):
         ks: how many vectors an item may become.
         pooling: "mean" of equal contiguous segments of an item's states, or its "last" states.
         max_item_tokens: how much of an item is read; the rest is cut.
+        prefix_ids: tokens that stand in front of every item; its vectors are not of their states.
         answer_tokens: how many of the prompt's last tokens stand behind an item's vectors.
         text_fields: fields of an item that the ranker reads as text behind the vectors, the title or a place for
             example. max_text_tokens: the most tokens of them; 0 if there are none.
@@ -140,6 +141,7 @@ class CompressorConfig(Settings):
     ks: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)]
     pooling: Pooling
     max_item_tokens: Positive
+    prefix_ids: Annotated[tuple[int, ...], Field(strict=False)] = ()
     answer_tokens: Positive
     text_fields: Annotated[tuple[NonEmpty, ...], Field(strict=False)] = ()
     max_text_tokens: Annotated[int, Field(ge=0)] = 0

@@ -137,6 +137,14 @@ class Prompt:
         return self._ids(self._tokenizer, [self.template.suffix])[0]
 
     @cached_property
+    def item_prefix_ids(self) -> list[int]:
+        """Ids in front of an item that is read without a query: the instruction stands in its place.
+
+        Training puts an item behind any query, so its states expect the prompt's words there.
+        """
+        return self.encode_query(self.config.instruction)
+
+    @cached_property
     def query_from(self) -> int:
         """Where in a request's prefix the tokens begin whose mean state is the query's; negative counts from its end.
 

@@ -2,6 +2,9 @@
 
     text -> tokens -> causal decoder -> final states -> mean of k segments -> projector -> k vectors of width D
 
+An encoder that was trained on items behind a prompt's words reads them behind these still: its states of a bare text
+rank worse (docs/results/compression.md).
+
 It was started from a text ranker and trained with the ranker that reads its vectors (`jaxslm train compressor`). Both
 may differ in depth, widths and vocabulary; only the vectors' width D is shared.
 """
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxslm.checkpoint import Checkpoint, Manifest, Tree, load_checkpoint, load_manifest
 from jaxslm.compress.pooling import pool, segments
@@ -120,9 +123,9 @@ class VectorEncoder:
         return self.config.ks
 
     def pass_shape(self, tokens: int) -> tuple[int, int]:
-        """Returns (rows, length) of the pass that encodes an item of so many tokens."""
+        """Returns (rows, length) of the pass that encodes an item of so many tokens; the prefix is not counted."""
         length = self._lengths[int(np.searchsorted(self._lengths, min(tokens, self.config.max_item_tokens)))]
-        return max(1, self._tokens_per_pass // length), length
+        return max(1, self._tokens_per_pass // (len(self.config.prefix_ids) + length)), length
 
     def encode(self, items: Sequence[str | Item], k: int) -> Float32[np.ndarray, "n k D"]:
         """Returns the k embedding tokens of each item.
@@ -162,15 +165,14 @@ class VectorEncoder:
         vectors = np.empty((len(ids), sum(ks), width), np.float32)
         queued = []
         for number in np.unique(classes):
-            length = self._lengths[number]
-            rows = max(1, self._tokens_per_pass // length)
+            rows, length = self.pass_shape(self._lengths[number])
             members = np.flatnonzero(classes == number)
             for start in range(0, len(members), rows):
                 chosen = members[start : start + rows]
-                batch = pad_items([ids[place][:limit] for place in chosen], rows, length)
+                batch = pad_items([ids[place][:limit] for place in chosen], rows, length, self.config.prefix_ids)
                 counts = np.ones(rows, np.int64)
                 counts[: len(chosen)] = lengths[chosen]
-                places = np.concatenate([segments(counts, k, self.config.pooling) for k in ks], axis=1)
+                places = np.concatenate([item_segments(self.config, counts, k) for k in ks], axis=1)
                 queued.append((chosen, encode(*batch, places)))
         for chosen, result in queued:
             vectors[chosen] = np.asarray(result)[: len(chosen)]
@@ -187,12 +189,22 @@ class ItemEncoder(VectorEncoder):
         self.identity = identity_of(checkpoint.manifest)
 
 
-def pad_items(ids: Sequence[TokenRow], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens int32 and valid bool, both [rows, length], of items of at most `length` tokens."""
-    tokens, valid = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+def pad_items(
+    ids: Sequence[TokenRow], rows: int, length: int, prefix_ids: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens int32 and valid bool, both [rows, P + length], of items of at most `length` tokens behind P."""
+    first = len(prefix_ids)
+    tokens, valid = np.zeros((rows, first + length), np.int32), np.zeros((rows, first + length), bool)
     for row, each in enumerate(ids):
-        tokens[row, : len(each)], valid[row, : len(each)] = each, True
+        tokens[row, :first], tokens[row, first : first + len(each)] = prefix_ids, each
+        valid[row, : first + len(each)] = True
     return tokens, valid
+
+
+def item_segments(config: CompressorConfig, lengths: Int[np.ndarray, " n"], k: int) -> Int32[np.ndarray, "n k 2"]:
+    """Returns `segments` of items of so many tokens, as places in the rows of `pad_items`."""
+    places: np.ndarray = segments(lengths, k, config.pooling) + np.int32(len(config.prefix_ids))
+    return places
 
 
 def encoder_tokenizer_json(tokenizer_files: Mapping[str, bytes], config: CompressorConfig) -> str:
@@ -211,7 +223,9 @@ def identity_of(manifest: Manifest) -> RecordIdentity:
     """
     if manifest.compressor is None or COMPRESSOR not in manifest.extra:
         raise InputError("the checkpoint holds no compressor: `jaxslm train compressor` makes one")
-    parts = manifest.extra[COMPRESSOR].sha256 + manifest.compressor.model_dump_json()
+    # Left out where it is not set, so that records from before it stay good.
+    unset = {"prefix_ids"} if not manifest.compressor.prefix_ids else set()
+    parts = manifest.extra[COMPRESSOR].sha256 + manifest.compressor.model_dump_json(exclude=unset)
     return RecordIdentity(
         encoder_sha256=hashlib.sha256(parts.encode()).hexdigest(),
         ranker_sha256=manifest.params_sha256,

@@ -42,14 +42,13 @@ def mean_states(
 class BiEncoder:
     """Scores items by the cosine of mean states, as the contrastive stage sees texts. Items are encoded once.
 
-    An item is read behind the prompt's instruction in place of a query, since training puts it behind any query.
+    An item is read behind `Prompt.item_prefix_ids`.
     """
 
     def __init__(self, config: ModelConfig, prompt: Prompt, dtype: jnp.dtype, *, max_item_tokens: int) -> None:
         """Args: dtype: compute dtype. max_item_tokens: longer texts lose their end."""
         self._prompt, self._max_item_tokens = prompt, max_item_tokens
-        self._item_prefix = prompt.encode_query(prompt.config.instruction)
-        self._longest = -(-(len(self._item_prefix) + max_item_tokens + 1) // _STEP) * _STEP
+        self._longest = -(-(len(prompt.item_prefix_ids) + max_item_tokens + 1) // _STEP) * _STEP
         self._rows = max(1, min(_ROWS, _TOKENS // self._longest))
         decoder = Decoder(config, dtype)
         self._pool = jax.jit(lambda params, tokens, valid, pooled: mean_states(decoder, params, tokens, valid, pooled))
@@ -71,10 +70,11 @@ class BiEncoder:
         if new:
             suffix = len(self._prompt.suffix_ids)
             encoded = self._prompt.encode(self._prompt.config.instruction, new, self._max_item_tokens).item_ids
-            rows = [self._item_prefix + ids[:-suffix] for ids in encoded]
+            prefix = self._prompt.item_prefix_ids
+            rows = [prefix + ids[:-suffix] for ids in encoded]
             for start in range(0, len(new), self._rows):
                 part = slice(start, start + self._rows)
-                states = self._encode(rows[part], len(self._item_prefix), self._rows, self._longest)
+                states = self._encode(rows[part], len(prefix), self._rows, self._longest)
                 self._items |= {item.id: state for item, state in zip(new[part], states, strict=True)}
         longest = -(-len(query_ids) // _QUERY_STEP) * _QUERY_STEP
         query_D = self._encode([query_ids], self._prompt.query_from % len(query_ids), 1, longest)[0]

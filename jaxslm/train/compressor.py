@@ -138,6 +138,7 @@ def start_compressor(settings: CompressorSettings, model: str, start: Checkpoint
         encoder=shape,
         width=width,
         pooling=settings.pooling,
+        prefix_ids=tuple(source.prompt.item_prefix_ids) if settings.behind_prompt else (),
         tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
         **own,
     )

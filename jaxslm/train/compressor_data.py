@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxslm.compress.encoder import ItemTokenizer, pad_items
-from jaxslm.compress.pooling import segments
+from jaxslm.compress.encoder import ItemTokenizer, item_segments, pad_items
 from jaxslm.compress.splice import MixedPrompt, text_of
 from jaxslm.config import CompressorConfig
 from jaxslm.prompt import Prompt
@@ -92,9 +91,9 @@ class CompressorItems:
         if self.pooled is not None:
             return {"pooled": self.pooled[k][np.maximum(rows, 0)]}
         ids = [self.ids[row] if row >= 0 else self.ids[0][:0] for row in rows.tolist()]
-        tokens, valid = pad_items(ids, len(rows), config.max_item_tokens)
+        tokens, valid = pad_items(ids, len(rows), config.max_item_tokens, config.prefix_ids)
         lengths = np.maximum([len(each) for each in ids], 1)
-        return {"item_tokens": tokens, "item_valid": valid, "segments": segments(lengths, k, config.pooling)}
+        return {"item_tokens": tokens, "item_valid": valid, "segments": item_segments(config, lengths, k)}
 
 
 class MixedLists:
@@ -131,7 +130,8 @@ class MixedLists:
         texts = [known[row] for row in one.rows.tolist()] if known is not None else None
         items = self._mixed.item_ids([k] * len(one.rows), texts)
         tokens = np.concatenate([prefix, *(np.array(ids, np.int32) for ids in items)])
-        return replace(one, tokens=tokens, lengths=[len(prefix), *map(len, items)])
+        # Stored scores of a teacher stand in the batch of text.
+        return replace(one, tokens=tokens, lengths=[len(prefix), *map(len, items)], teacher=None)
 
 
 class CompressorBatches:

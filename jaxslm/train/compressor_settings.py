@@ -29,6 +29,8 @@ class CompressorSettings(Settings):
         projector: "random", with vectors of the token embeddings' size, or "pass_through", which hands the encoder's
             states on (`jaxslm.compress.projector`); for a ranker that has grown from the encoder.
         max_item_tokens: how much of an item the encoder reads.
+        behind_prompt: it reads items behind its checkpoint's prompt without a query, as `jaxslm train encoder` taught
+            it (`Prompt.item_prefix_ids`).
         answer_tokens: how many of the prompt's last tokens stand behind the vectors.
         text_fields, max_text_tokens: fields of items that stay text beside the vectors, and the most tokens of them.
     """
@@ -40,6 +42,7 @@ class CompressorSettings(Settings):
     pooling: Pooling = "mean"
     projector: Literal["random", "pass_through"] = "random"
     max_item_tokens: Positive
+    behind_prompt: bool = False
     answer_tokens: Positive = 1
     text_fields: Annotated[tuple[NonEmpty, ...], Field(strict=False)] = ()
     max_text_tokens: NonNegative = 0
@@ -48,6 +51,8 @@ class CompressorSettings(Settings):
     def _fields_agree(self) -> "CompressorSettings":
         if self.start is not None and (self.encoder is not None or self.layers is not None):
             raise ValueError("start excludes encoder and layers: the compressor comes from there")
+        if self.start is not None and self.behind_prompt:
+            raise ValueError("start excludes behind_prompt: what stands before an item comes from there")
         if sorted(set(self.ks)) != list(self.ks):
             raise ValueError(f"ks {self.ks}: must ascend")
         if bool(self.text_fields) != bool(self.max_text_tokens):

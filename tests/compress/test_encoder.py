@@ -1,5 +1,6 @@
 """The item encoder: what an item's vectors depend on, and what they do not."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxslm.checkpoint import load_manifest
+from jaxslm.checkpoint import load_checkpoint, load_manifest
 from jaxslm.compress.encoder import COMPRESSOR, ItemEncoder, identity_of, load_encoder
 from jaxslm.compress.pooling import pool, segments
 from jaxslm.compress.projector import init_projector, pass_through_projector, project
 from jaxslm.config import Pooling
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
+from jaxslm.model.decoder import Decoder
+from jaxslm.score.bi_encoder import mean_states
 from jaxslm.score.warmup import compilations
 from tests.compress.tiny_compressor import compressor_checkpoint, compressor_config
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -123,6 +126,26 @@ def test_a_k_that_was_not_trained_is_refused(encoder: ItemEncoder) -> None:
         encoder.encode(["x"], 3)
 
 
+def test_an_item_is_read_behind_the_prefix_and_pooled_without_it(tmp_path: Path) -> None:
+    """With one vector an item's pooled state is its state as the bi-encoder takes it, but for the prompt's newline."""
+    prompt = load_checkpoint(compressor_checkpoint(tmp_path / "bare")).prompt
+    before = tuple(prompt.item_prefix_ids)
+    loaded = load_checkpoint(compressor_checkpoint(tmp_path / "ckpt", prefix_ids=before), extra=[COMPRESSOR])
+    encoder, decoder = load_encoder(tmp_path / "ckpt"), Decoder(compressor_config().encoder)
+    ids = [[5, 9, 17], [4], [20] * 45]
+    pooled, cut = encoder.pooled(ids), [each[:40] for each in ids]
+    for number, each in enumerate(cut):
+        row = jnp.array([[*before, *each]])
+        valid, own = jnp.ones(row.shape, bool), jnp.arange(row.size)[None] >= len(before)
+        wanted = mean_states(decoder, loaded.extra[COMPRESSOR]["encoder"], row, valid, own)
+        np.testing.assert_allclose(pooled[1][number], wanted, atol=1e-5)
+    bare = load_encoder(tmp_path / "bare").pooled(ids)
+    assert not np.allclose(bare[1], pooled[1], atol=1e-3)
+    together = encoder.encode(TEXTS, 2)
+    for number, text in enumerate(TEXTS):
+        np.testing.assert_allclose(encoder.encode([text], 2)[0], together[number], atol=1e-5)
+
+
 def test_few_programs_serve_every_k_and_number_of_items(encoder: ItemEncoder) -> None:
     encoder.encode(TEXTS, 4)
     before = compilations()
@@ -134,15 +157,24 @@ def test_few_programs_serve_every_k_and_number_of_items(encoder: ItemEncoder) ->
 def test_what_a_record_is_good_for(checkpoint: Path, tmp_path: Path) -> None:
     base = identity_of(load_manifest(checkpoint))
     assert base == load_encoder(checkpoint).identity
-    same, other, settings = (
-        identity_of(load_manifest(compressor_checkpoint(tmp_path / name, seed=seed, pooling=pooling)))
-        for name, seed, pooling in (("same", 0, "mean"), ("other", 1, "mean"), ("settings", 0, "last"))
+    same, other, settings, prefixed = (
+        identity_of(load_manifest(compressor_checkpoint(tmp_path / f"{number}", seed=seed, **changes)))
+        for number, (seed, changes) in enumerate(
+            [(0, {}), (1, {}), (0, {"pooling": "last"}), (0, {"prefix_ids": (7,)})]
+        )
     )
     assert same == base
     assert other.encoder_sha256 != base.encoder_sha256
     assert other.ranker_sha256 != base.ranker_sha256
-    assert settings.encoder_sha256 != base.encoder_sha256
+    assert len({base.encoder_sha256, settings.encoder_sha256, prefixed.encoder_sha256}) == 3
     assert settings.ranker_sha256 == base.ranker_sha256
+    # As it was before there was a prefix: records from then stay good.
+    manifest = load_manifest(checkpoint)
+    assert manifest.compressor is not None
+    settings_then = manifest.compressor.model_dump_json().replace('"prefix_ids":[],', "")
+    assert "prefix_ids" not in settings_then
+    text = manifest.extra[COMPRESSOR].sha256 + settings_then
+    assert base.encoder_sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_checkpoints_without_a_fitting_compressor(tmp_path: Path) -> None:

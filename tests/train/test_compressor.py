@@ -11,8 +11,10 @@ import pytest
 from jaxslm.checkpoint import load_checkpoint
 from jaxslm.compress.encoder import load_encoder
 from jaxslm.config import load_toml
+from jaxslm.data_files import Item, Query, Request, RequestItem, read_records
 from jaxslm.errors import InputError
 from jaxslm.items.record import Record, RecordIdentity, pack_record, unpack_record
+from jaxslm.score.files import score_file
 from jaxslm.score.scorer import load
 from jaxslm.train import step
 from jaxslm.train.compressor import train_compressor
@@ -98,6 +100,25 @@ def test_a_compressor_learns_the_rule_of_the_toy_data(toy: Path, tmp_path: Path)
         encoder.encode(TEXTS, 4)
 
 
+def test_stored_scores_teach_as_a_teacher_that_runs_along(toy: Path, tmp_path: Path) -> None:
+    requests, scores = tmp_path / "requests.jsonl", tmp_path / "scores.jsonl"
+    items = tuple(RequestItem(id=item.id, text=item.text) for item in read_records(toy / "items.jsonl", Item))
+    queries = {query.query for query in read_records(toy / "train.jsonl", Query)}
+    lines = [Request(query=query, items=items).model_dump_json() for query in sorted(queries)]
+    requests.write_text("\n".join(lines))
+    # The same ranker, with the prompt of `settings_of`.
+    tiny_checkpoint(tmp_path / "ranker", tiny_config("llama", num_layers=1), template="yes-no", instruction="Match")
+    score_file(tmp_path / "ranker", requests, scores)
+    taught = ("steps=2", "losses.distillation=0.5", "losses.list_distillation=0.5")
+    files = (f"data.teacher_requests={requests}", f"data.teacher_scores={scores}")
+    for name, overrides in (("along", taught), ("stored", taught + files)):
+        train_compressor(settings_of(toy, *overrides), tmp_path / name)
+    first, second = (losses_of(tmp_path / name)[0] for name in ("along", "stored"))
+    for term in ("loss", "distillation", "list_distillation"):
+        assert second[term] == pytest.approx(first[term], rel=1e-4)
+        assert first[term] > 1e-6
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(toy, "steps=6", "curriculum.projector_steps=1", "curriculum.noise_share=0.5", *EVERY_TERM)
     assert train_compressor(settings, tmp_path / "whole").finished
@@ -111,7 +132,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, monkeypatc
 
 
 def test_frozen_parts_stay_and_a_frozen_encoder_trains_as_if_it_ran_along(toy: Path, tmp_path: Path) -> None:
-    frozen = ("optimiser.encoder_factor=0.0", "curriculum.noise_share=0.0")
+    behind_prompt = "compressor.behind_prompt=true"
+    frozen = ("optimiser.encoder_factor=0.0", "curriculum.noise_share=0.0", behind_prompt)
     train_compressor(settings_of(toy, *frozen), tmp_path / "encoder")
     start, after = load_checkpoint(toy / "tiny"), load_checkpoint(tmp_path / "encoder", extra=["compressor"])
     encoder = after.extra["compressor"]["encoder"]
@@ -121,9 +143,11 @@ def test_frozen_parts_stay_and_a_frozen_encoder_trains_as_if_it_ran_along(toy: P
     only = ("optimiser.ranker_factor=0.0", "freeze_embeddings=false", "steps=2")
     train_compressor(settings_of(toy, *frozen, *only), tmp_path / "projector")
     after = load_checkpoint(tmp_path / "projector", extra=["compressor"])
+    assert after.manifest.compressor is not None
+    assert list(after.manifest.compressor.prefix_ids) == start.prompt.item_prefix_ids
     assert after.manifest.params_sha256 == start.manifest.params_sha256
     first = [each["loss"] for each in losses_of(tmp_path / "projector")][:1]
-    trained = settings_of(toy, "optimiser.encoder_factor=1.0", "curriculum.noise_share=0.0", *only)
+    trained = settings_of(toy, "optimiser.encoder_factor=1.0", "curriculum.noise_share=0.0", behind_prompt, *only)
     train_compressor(trained, tmp_path / "running")
     assert losses_of(tmp_path / "running")[0]["loss"] == pytest.approx(first[0], abs=1e-5)
 
@@ -170,6 +194,7 @@ def test_what_does_not_fit_is_said(toy: Path, tmp_path: Path) -> None:
     ("override", "problem"),
     [
         ("compressor.ks=[2, 1]", "must ascend"),
+        ('compressor={start="x", behind_prompt=true, max_item_tokens=16}', "start excludes behind_prompt"),
         ('compressor.text_fields=["title"]', "belong together"),
         ("evaluation_ks=[4]", "4 is none of compressor.ks"),
         ("curriculum.projector_steps=4", "must be less than steps"),
