@@ -99,7 +99,7 @@ def model_named(name: str, dtype: DTypeLike = jnp.float32) -> tuple[RankerConfig
     """
     if name in MODELS:
         config = RankerConfig(model=MODELS[name], prompt=PromptConfig(template="yes-no"), label_token_ids=(17, 42))
-        return config, jax.jit(lambda key: init_params(config.model, key, dtype))(jax.random.key(0))
+        return config, init_params(config.model, jax.random.key(0), dtype)
     if not Path(name).exists():
         raise InputError(f"--model {name}: neither a checkpoint folder nor one of {', '.join(MODELS)}")
     checkpoint = load_checkpoint(Path(name))

@@ -59,8 +59,14 @@ class Decoder(nn.Module):
 def init_params(config: ModelConfig, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
     """Returns random parameters: normal(0.02) matrices, unit norms."""
     rows = Rows(jnp.ones((1, 1), bool))
-    params = Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), rows)["params"]
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    @jax.jit  # one program to compile in place of one for each operation
+    def init(key: Key[Array, ""]) -> Params:
+        params = Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), rows)["params"]
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    made: Params = init(key)
+    return made
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:

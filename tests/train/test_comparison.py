@@ -1,5 +1,6 @@
 """The comparison layer: it scores by the similarity of query and item, and is an ordinary layer."""
 
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxslm.config import RankerConfig
+from jaxslm.config import ModelConfig, RankerConfig
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, init_params
 from jaxslm.model.head import label_rows, log_odds
@@ -29,41 +30,46 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> list[NpBatch]:
     return list(islice(ranker(write_graded(tmp_path_factory.mktemp("graded"))), 8))
 
 
+@partial(jax.jit, static_argnums=0)
+def final_states(config: ModelConfig, params: Any, tokens: jax.Array, prefix: jax.Array, items: jax.Array) -> jax.Array:
+    """Returns the states of the items' answer tokens."""
+    return jnp.asarray(Decoder(config).apply({"params": params}, tokens, SharedPrefix(prefix, items, len(tokens))))
+
+
 def scores(config: Any, params: Any, label_ids: tuple[int, int], batch: NpBatch) -> np.ndarray:
-    layout = SharedPrefix(jnp.asarray(batch["prefix"]), jnp.asarray(batch["items"]), len(batch["tokens"]))
-    states = jnp.asarray(Decoder(config).apply({"params": params}, jnp.asarray(batch["tokens"]), layout))
+    states = final_states(config, params, *(jnp.asarray(batch[name]) for name in ("tokens", "prefix", "items")))
     odds = log_odds(states.reshape(-1, config.width), label_rows(params, label_ids))
     found: np.ndarray = np.asarray(odds).reshape(batch["valid"].shape)[batch["valid"]]
     return found
 
 
-def similarities(params: Any, batch: NpBatch) -> np.ndarray:
-    """Returns the cosine of the mean states of each item and its query."""
-    sample = _sample(MODEL, params, PROMPT, [batch])
+def similarities(params: Any, batches: list[NpBatch]) -> list[np.ndarray]:
+    """Returns per batch the cosine of the mean states of each item and its query."""
+    sample = _sample(MODEL, params, PROMPT, batches)
     units = [means / np.linalg.norm(means, axis=1, keepdims=True) for means in (sample.queries, sample.items)]
-    return np.asarray(np.sum(units[0] * units[1], axis=1))
+    ends = np.cumsum([batch["valid"].sum() for batch in batches])
+    return np.split(np.sum(units[0] * units[1], axis=1), ends[:-1])
 
 
-def labelled_by_similarity(params: Any, batch: NpBatch) -> NpBatch:
+def labelled_by(similarity: np.ndarray, batch: NpBatch) -> NpBatch:
     """Returns the batch with the most similar item of each list as the only relevant one."""
-    similarity: np.ndarray = np.full(batch["valid"].shape, -np.inf)
-    similarity[batch["valid"]] = similarities(params, batch)
-    best = np.arange(similarity.shape[1]) == similarity.argmax(axis=1)[:, None]
+    in_lists: np.ndarray = np.full(batch["valid"].shape, -np.inf)
+    in_lists[batch["valid"]] = similarity
+    best = np.arange(in_lists.shape[1]) == in_lists.argmax(axis=1)[:, None]
     return {**batch, "labels": (best & batch["valid"]).astype(np.float32)}
 
 
 def test_the_new_layer_scores_by_the_similarity_of_mean_states(batches: list[NpBatch]) -> None:
     params = init_params(MODEL, jax.random.key(3))
-    batches = [labelled_by_similarity(params, batch) for batch in batches]
+    similarity = similarities(params, batches)
+    batches = [labelled_by(each, batch) for each, batch in zip(similarity, batches, strict=True)]
     model, grown = add_comparison_layer(CONFIG, params, PROMPT, batches[:6])
     assert model == MODEL.model_copy(update={"num_layers": 3})
     for name in ("layers_0", "layers_1"):
         jax.tree.map(np.testing.assert_array_equal, grown[name], params[name])
-    similarity = np.concatenate([similarities(params, batch) for batch in batches[6:]])
-    found = np.concatenate([scores(model, grown, CONFIG.label_token_ids, batch) for batch in batches[6:]])
-    assert np.corrcoef(found, similarity)[0, 1] > 0.6
-    seen = np.concatenate([scores(model, grown, CONFIG.label_token_ids, batch) for batch in batches[:6]])
-    assert abs(seen.mean() + 1.8) < 0.01
+    found = [scores(model, grown, CONFIG.label_token_ids, batch) for batch in batches]
+    assert np.corrcoef(np.concatenate(found[6:]), np.concatenate(similarity[6:]))[0, 1] > 0.6
+    assert abs(np.concatenate(found[:6]).mean() + 1.8) < 0.01
 
 
 def test_the_same_data_gives_the_same_layer(batches: list[NpBatch]) -> None:

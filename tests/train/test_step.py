@@ -19,6 +19,7 @@ from jaxslm.train.partition import LABEL_ROWS, join_params, split_params
 from jaxslm.train.ranker import ranker_loss
 from jaxslm.train.settings import OptimiserSettings, RankerLosses
 from jaxslm.train.step import (
+    ItemStates,
     LossFn,
     init_state,
     item_states,
@@ -36,6 +37,20 @@ OPTIMISER = OptimiserSettings(learning_rate=1e-2, warmup_steps=2)
 CONFIG = tiny_ranker_config(tiny_config("llama", num_layers=1))
 UNTIED = tiny_ranker_config(tiny_config(num_layers=1, tie_embeddings=False))
 R, J, PREFIX, ITEM = 2, 8, 6, 5
+
+
+@jax.jit
+def whole_rows(params: Any, tokens: Array, valid: Array) -> Array:
+    """Returns the final state of every token of the rows [B, T]. (Op by op, as without jit, takes a minute.)"""
+    states = Decoder(CONFIG.model).apply({"params": params}, tokens, Rows(valid, last_only=False))
+    assert isinstance(states, Array)
+    return states
+
+
+@jax.jit
+def every_state(params: Any, micro: dict[str, Array]) -> ItemStates:
+    """Returns `item_states` on one device, those of every token among them."""
+    return item_states(Decoder(CONFIG.model), params, micro, make_mesh(jax.devices()[:1]), every=True)
 
 
 def list_batch(generator: np.random.Generator) -> dict[str, np.ndarray]:
@@ -121,7 +136,7 @@ def test_the_query_can_be_read_from_the_end_of_prefixes_of_any_length() -> None:
     prefix[0, 3:], prefix[2, 4:] = M, M
     mesh = make_mesh(jax.devices()[:1])
     trainable, tables = split_params(params, CONFIG, freeze_embeddings=True)
-    loss = encoder_loss(CONFIG, Decoder(CONFIG.model), -2, 0.05, 2.0, mesh)
+    loss = jax.jit(encoder_loss(CONFIG, Decoder(CONFIG.model), -2, 0.05, 2.0, mesh))
     of_one = {name: array[0] for name, array in put_batch([batch | {"prefix": prefix}], 1, mesh).items()}
     _, terms = loss(trainable, {"tables": tables, "teacher": {}}, of_one)
     no, yes = np.asarray(label_rows(params, CONFIG.label_token_ids))
@@ -129,8 +144,7 @@ def test_the_query_can_be_read_from_the_end_of_prefixes_of_any_length() -> None:
     for prefix_P, item_T in zip(prefix, batch["items"][:, 0], strict=True):
         own = np.sum(prefix_P < M)
         row = batch["tokens"][np.concatenate([prefix_P[:own], item_T])]
-        layout = Rows(jnp.ones((1, len(row)), bool), last_only=False)
-        states = np.asarray(Decoder(CONFIG.model).apply({"params": params}, jnp.asarray(row[None]), layout))[0]
+        states = np.asarray(whole_rows(params, jnp.asarray(row[None]), jnp.ones((1, len(row)), bool)))[0]
         query, item = states[own - 2 : own], states[own:]
         pooled.append((query.mean(axis=0), item.mean(axis=0)))
         along = np.concatenate([query, item]) @ (yes - no) / np.linalg.norm(yes - no)
@@ -145,13 +159,12 @@ def test_tokens_tell_whose_they_are() -> None:
     batch, params = pair_batch(np.random.default_rng(0), 4), tiny_params(CONFIG.model)
     mesh = make_mesh(jax.devices()[:1])
     trainable, tables = split_params(params, CONFIG, freeze_embeddings=True)
-    loss = encoder_loss(CONFIG, Decoder(CONFIG.model), 2, 0.05, 2.0, mesh)
+    loss = jax.jit(encoder_loss(CONFIG, Decoder(CONFIG.model), 2, 0.05, 2.0, mesh))
     of_one = {name: array[0] for name, array in put_batch([batch], 1, mesh).items()}
     total, terms = loss(trainable, {"tables": tables, "teacher": {}}, of_one)
     np.testing.assert_allclose(total, terms["info_nce"] + 2 * terms["roles"], rtol=1e-6)
     index = np.concatenate([batch["prefix"], batch["items"][:, 0]], axis=1)
-    whole = Rows(jnp.ones(index.shape, bool), last_only=False)
-    states = Decoder(CONFIG.model).apply({"params": params}, jnp.asarray(batch["tokens"][index]), whole)
+    states = whole_rows(params, jnp.asarray(batch["tokens"][index]), jnp.ones(index.shape, bool))
     no, yes = np.asarray(label_rows(params, CONFIG.label_token_ids))
     along = np.asarray(states)[:, 2:] @ (yes - no) / np.linalg.norm(yes - no)
     role = np.where(np.arange(8) < 3, 1, -1)
@@ -169,37 +182,27 @@ def test_loss_is_that_of_whole_rows() -> None:
     batch = list_batch(np.random.default_rng(1))
     (loss,), _ = train(lambda mesh: made_loss(mesh, pairwise_logistic=0.5), [[batch]], devices=1, accumulate=1)
     params = tiny_params(CONFIG.model)
-    T = PREFIX + ITEM
     tokens = np.append(batch["tokens"], 0)
     prefix = np.repeat(batch["prefix"], J, axis=0)
     index = np.concatenate([prefix, batch["items"].reshape(-1, ITEM)], axis=1)
-    states = Decoder(CONFIG.model).apply(
-        {"params": params}, jnp.asarray(tokens[index]), Rows(jnp.asarray(index < len(tokens) - 1))
-    )
-    assert isinstance(states, Array)
-    assert index.shape == (R * J, T)
-    odds = log_odds(states, label_rows(params, CONFIG.label_token_ids)).reshape(R, J)
-    labels, valid = jnp.asarray(batch["labels"]), jnp.asarray(batch["valid"])
-    expected = losses.binary_cross_entropy(odds, labels, valid) + losses.list_softmax(odds, labels, valid)
-    expected += 0.5 * losses.pairwise_logistic(odds, labels, valid)
+    valid = index < len(tokens) - 1
+    states = whole_rows(params, jnp.asarray(tokens[index]), jnp.asarray(valid))
+    last = states[np.arange(R * J), valid.sum(axis=1) - 1]
+    odds = log_odds(last, label_rows(params, CONFIG.label_token_ids)).reshape(R, J)
+    labels, items = jnp.asarray(batch["labels"]), jnp.asarray(batch["valid"])
+    expected = losses.binary_cross_entropy(odds, labels, items) + losses.list_softmax(odds, labels, items)
+    expected += 0.5 * losses.pairwise_logistic(odds, labels, items)
     np.testing.assert_allclose(loss, float(expected), rtol=1e-5)
 
 
 def test_states_of_items_are_those_of_whole_rows() -> None:
     batch = list_batch(np.random.default_rng(1))
     params, mesh = tiny_params(CONFIG.model), make_mesh(jax.devices()[:1])
-    both = item_states(
-        Decoder(CONFIG.model),
-        params,
-        {name: array[0] for name, array in put_batch([batch], 1, mesh).items()},
-        mesh,
-        every=True,
-    )
+    both = every_state(params, {name: array[0] for name, array in put_batch([batch], 1, mesh).items()})
     index = np.concatenate([np.repeat(batch["prefix"], J, axis=0), batch["items"].reshape(-1, ITEM)], axis=1)
     valid = index < len(batch["tokens"])
     tokens = jnp.asarray(np.append(batch["tokens"], 0)[index])
-    states = Decoder(CONFIG.model).apply({"params": params}, tokens, Rows(jnp.asarray(valid), last_only=False))
-    assert isinstance(states, Array)
+    states = whole_rows(params, tokens, jnp.asarray(valid))
     of_items = np.asarray(states)[:, PREFIX:]
     lengths = valid[:, PREFIX:].sum(axis=1)
     means = (of_items * valid[:, PREFIX:, None]).sum(axis=1) / lengths[:, None]
@@ -223,9 +226,7 @@ def test_a_teacher_of_every_state_compares_real_tokens_alone() -> None:
     micro = {name: array[0] for name, array in put_batch([batch], 1, mesh).items()}
     loss, terms = loss_fn(trainable, {"tables": tables, "teacher": other}, micro)
     assert terms.keys() == {"every_state"}
-    ours, theirs = (
-        np.asarray(item_states(decoder, params, micro, mesh, every=True).every)[0] for params in (student, other)
-    )
+    ours, theirs = (np.asarray(every_state(params, micro).every)[0] for params in (student, other))
     used = np.unique(np.concatenate([batch["prefix"].reshape(-1), batch["items"].reshape(-1)]))
     used = used[used < len(batch["tokens"])]
     assert len(used) < len(batch["tokens"])
