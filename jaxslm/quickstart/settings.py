@@ -55,8 +55,8 @@ class QuickstartSettings(Settings):
         "optimiser.warmup_steps=2",
     )
     compressor: Overrides = (
-        "steps=50",
-        "save_every=25",
+        "steps=40",
+        "save_every=20",
         "evaluation_ks=[]",
         "compressor.ks=[1, 8]",
         "curriculum.text_share=0.0",
