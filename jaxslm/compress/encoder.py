@@ -44,7 +44,7 @@ Encode = Callable[[np.ndarray, np.ndarray, np.ndarray], Array]
 
 
 class ItemTokenizer:
-    """Items as the encoder reads them: the title, a new line and the text, without any of the prompt's words."""
+    """Items as the encoder reads them: the title, a new line and the text; what stands before is `prefix_ids`."""
 
     def __init__(self, tokenizer_json: str) -> None:
         """Raises InputError if `tokenizer_json` is broken."""

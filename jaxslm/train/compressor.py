@@ -71,9 +71,9 @@ def train_compressor(settings: CompressorTraining, out: Path) -> TrainResult:
     data = ranker_data(settings.data, start.prompt)
     items = CompressorItems.of(data, first.config, ItemTokenizer(first.tokenizer_json))
     encoder = Encoding(start, first, dtype)
-    projector = first.projector or encoder.new_projector(items, start.params["embedding"], settings)
     if not settings.optimiser.encoder_factor:
         items = replace(items, pooled=encoder.items.pooled(items.ids))
+    projector = first.projector or encoder.new_projector(items, start.params["embedding"], settings)
     partition = compressor_partition(settings, start.config)
     ranker = Decoder(start.config.model, dtype, settings.remat)
     models = Models(start.config, first.config, ranker, Decoder(first.config.encoder, dtype, settings.remat))
@@ -157,7 +157,10 @@ class Encoding:
         """Returns the projector before the first update, of the kind that the settings name."""
         seed = settings.data.seed
         chosen = np.random.default_rng(seed).permutation(len(items.ids))[:SAMPLE]
-        pooled = self.items.pooled([items.ids[row] for row in chosen.tolist()])
+        if items.pooled is not None:
+            pooled = {k: states[chosen] for k, states in items.pooled.items()}
+        else:
+            pooled = self.items.pooled([items.ids[row] for row in chosen.tolist()])
         states = np.concatenate([each.reshape(-1, each.shape[-1]) for each in pooled.values()])
         target = float(jnp.sqrt(jnp.mean(jnp.square(embedding_VD))))
         if settings.compressor.projector == "pass_through":
