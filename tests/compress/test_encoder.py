@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from jaxslm.compress.projector import init_projector, pass_through_projector, pr
 from jaxslm.config import Pooling
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
+from jaxslm.items.record import RecordIdentity
 from jaxslm.model.decoder import Decoder
 from jaxslm.score.bi_encoder import mean_states
 from jaxslm.score.warmup import compilations
@@ -157,12 +159,12 @@ def test_few_programs_serve_every_k_and_number_of_items(encoder: ItemEncoder) ->
 def test_what_a_record_is_good_for(checkpoint: Path, tmp_path: Path) -> None:
     base = identity_of(load_manifest(checkpoint))
     assert base == load_encoder(checkpoint).identity
-    same, other, settings, prefixed = (
-        identity_of(load_manifest(compressor_checkpoint(tmp_path / f"{number}", seed=seed, **changes)))
-        for number, (seed, changes) in enumerate(
-            [(0, {}), (1, {}), (0, {"pooling": "last"}), (0, {"prefix_ids": (7,)})]
-        )
-    )
+
+    def identity(name: str, seed: int = 0, **changes: Any) -> RecordIdentity:
+        return identity_of(load_manifest(compressor_checkpoint(tmp_path / name, seed=seed, **changes)))
+
+    same, other = identity("same"), identity("other", seed=1)
+    settings, prefixed = identity("settings", pooling="last"), identity("prefixed", prefix_ids=(7,))
     assert same == base
     assert other.encoder_sha256 != base.encoder_sha256
     assert other.ranker_sha256 != base.ranker_sha256
