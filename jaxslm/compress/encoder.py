@@ -190,7 +190,7 @@ class ItemEncoder(VectorEncoder):
 
 
 def pad_items(
-    ids: Sequence[TokenRow], rows: int, length: int, prefix_ids: Sequence[int] = ()
+    ids: Sequence[TokenRow], rows: int, length: int, prefix_ids: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens int32 and valid bool, both [rows, P + length], of items of at most `length` tokens behind P."""
     first = len(prefix_ids)
