@@ -43,6 +43,7 @@ def test_small_shapes_give_the_table_and_a_file_of_each_workload(tmp_path: Path)
     assert "100,000" in output
 
 
+@pytest.mark.slow
 def test_the_scoring_step_is_measured_with_and_without_kernels(script: ModuleType, tmp_path: Path) -> None:
     """A CPU has XLA's row alone; where both are, the table has their ratio."""
     _, files = run(tmp_path / "out", "--workloads", "latent_8")

@@ -25,6 +25,7 @@ def tiny_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(workloads.MODELS, "tiny", tiny_config(num_layers=3))
 
 
+@pytest.mark.slow
 def test_every_point_is_measured_and_plotted(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "growth"

@@ -44,7 +44,7 @@ def test_named_models_are_what_they_are_called() -> None:
     assert WORKLOADS["latent_8"].tokens == 510
 
 
-@pytest.mark.parametrize("shape", [SMALL, LATENT])
+@pytest.mark.parametrize("shape", [SMALL, pytest.param(LATENT, marks=pytest.mark.slow)])
 def test_short_cuts_change_no_score(shape: Workload) -> None:
     config, params = model_named("tiny")
     requests = random_requests(shape, config.model, 2)
@@ -118,6 +118,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         bench_score("small", "tiny", options=Options(max_tokens=64, implementation="mosaic_gpu"))
 
 
+@pytest.mark.slow
 def test_fitted_buckets_load_again(tmp_path: Path) -> None:
     traffic = tmp_path / "traffic.jsonl"
     traffic.write_text('{"query": "python", "items": [{"text": "a job"}, {"text": "another job in a place"}]}\n' * 3)

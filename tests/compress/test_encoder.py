@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_an_item_is_read_behind_the_prefix_and_pooled_without_it(tmp_path: Path)
     for number, each in enumerate(cut):
         row = jnp.array([[*before, *each]])
         valid, own = jnp.ones(row.shape, bool), jnp.arange(row.size)[None] >= len(before)
-        wanted = mean_states(decoder, loaded.extra[COMPRESSOR]["encoder"], row, valid, own)
+        wanted = jax.jit(mean_states, static_argnums=0)(decoder, loaded.extra[COMPRESSOR]["encoder"], row, valid, own)
         np.testing.assert_allclose(pooled[1][number], wanted, atol=1e-5)
     bare = load_encoder(tmp_path / "bare").pooled(ids)
     assert not np.allclose(bare[1], pooled[1], atol=1e-3)

@@ -174,6 +174,7 @@ def test_truncation(tmp_path: Path, good: Path, part: float) -> None:
     assert_refused(file, r"cut.gguf: damaged or truncated GGUF")
 
 
+@pytest.mark.slow
 def test_flipped_bytes_never_end_in_another_exception(tmp_path: Path, good: Path) -> None:
     """Lengths, types, names and counts in the header; weights may change without a trace, as GGUF has no checksum."""
     whole = good.read_bytes()

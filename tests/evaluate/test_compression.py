@@ -40,6 +40,7 @@ def test_queries_fall_into_their_slices() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_script_writes_rows_and_a_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

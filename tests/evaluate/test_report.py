@@ -151,6 +151,7 @@ def test_markdown_has_the_table_and_the_plots(report: Path) -> None:
         assert (report / name).is_file()
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
     results = save(tmp_path / "r.json", ranking())
     first, second = (write_report([results], tmp_path / name).parent for name in ("a", "b"))

@@ -38,7 +38,7 @@ def start(url: str) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.mark.parametrize(("engine", "kills"), [("lmdb", 10), ("redis", 3)])
+@pytest.mark.parametrize(("engine", "kills"), [pytest.param("lmdb", 10, marks=pytest.mark.slow), ("redis", 3)])
 def test_every_record_is_readable_and_none_is_missing(
     engine: str, kills: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ def read_golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, json.loads(str(arrays.pop("facts")))
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def ours(part: str, config: ModelConfig, given: dict[str, np.ndarray]) -> Any:
     """Returns one part of the first layer, or the logits of all tokens, from the same inputs as `reference`."""
     params = tiny_params(config)

@@ -1,5 +1,8 @@
 """The bi-encoder: what it pools, and that no score depends on company."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,12 +20,12 @@ PROMPT = Prompt(tiny_tokenizer_json(), CONFIG.prompt)
 
 
 def test_states_are_averaged_over_the_pooled_tokens_alone() -> None:
-    params, decoder = tiny_params(CONFIG.model), Decoder(CONFIG.model)
+    params, states = tiny_params(CONFIG.model), jax.jit(partial(mean_states, Decoder(CONFIG.model)))
     pooled = jnp.asarray([[False, True, True]])
-    alone = mean_states(decoder, params, jnp.asarray([[5, 6, 7]]), jnp.ones((1, 3), bool), pooled)
+    alone = states(params, jnp.asarray([[5, 6, 7]]), jnp.ones((1, 3), bool), pooled)
     valid = jnp.asarray([[True, False, True, True, False], [False] * 5])
     pooled = valid.at[0, 0].set(False)
-    padded = mean_states(decoder, params, jnp.asarray([[5, 9, 6, 7, 9], [1] * 5]), valid, pooled)
+    padded = states(params, jnp.asarray([[5, 9, 6, 7, 9], [1] * 5]), valid, pooled)
     np.testing.assert_allclose(padded[0], alone[0], atol=1e-5)
     np.testing.assert_array_equal(padded[1], 0)
 

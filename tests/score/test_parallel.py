@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxslm.config import Bucket, BucketConfig
-from jaxslm.model.decoder import Decoder
+from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import vocab_logits
 from jaxslm.model.layout import Rows
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
@@ -80,9 +80,13 @@ def test_log_probabilities_of_any_tokens_come_beside_the_logits(
     tokens, valid = np.zeros((len(rows), 20), np.int32), np.zeros((len(rows), 20), bool)
     for number, row in enumerate(rows):
         tokens[number, : len(row)], valid[number, : len(row)] = row, True
-    params = tiny_params(CONFIG.model)
-    states: Any = Decoder(CONFIG.model).apply({"params": params}, jnp.asarray(tokens), Rows(jnp.asarray(valid)))
-    expected = np.asarray(jax.nn.log_softmax(vocab_logits(states, params)))
+
+    @jax.jit
+    def log_probabilities(params: Params) -> jax.Array:
+        states: Any = Decoder(CONFIG.model).apply({"params": params}, jnp.asarray(tokens), Rows(jnp.asarray(valid)))
+        return jax.nn.log_softmax(vocab_logits(states, params))
+
+    expected = np.asarray(log_probabilities(tiny_params(CONFIG.model)))
     np.testing.assert_allclose(found[:50, 2:5], expected[:50, [7, 0, 7]], rtol=0, atol=1e-5)
     np.testing.assert_allclose(found[90:, 2:], expected[90:, :16], rtol=0, atol=1e-5)
 

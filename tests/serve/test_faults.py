@@ -282,6 +282,7 @@ def test_processes_that_share_a_store_are_killed_and_stopped_under_load(
         assert statuses <= {200, 429, 503}
 
 
+@pytest.mark.slow
 def test_a_server_that_is_stopped_while_it_compiles_ends_well(files: dict[str, Any], tmp_path: Path) -> None:
     with process(files, tmp_path / "log", until_ready=False) as (child, url):
         assert httpx.get(f"{url}/health/ready", timeout=60).json() == {"status": "warming"}

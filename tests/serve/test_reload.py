@@ -147,6 +147,7 @@ def test_a_new_model_finds_stale_records_and_forgets_cached_scores(
     assert (again["model"], again["stored_items"]) == ("retrained", {"found": 1})
 
 
+@pytest.mark.slow
 def test_a_model_of_another_shape_compiles_beside_and_the_old_one_is_freed(
     first_model: Server, checkpoints: dict[str, str]
 ) -> None:

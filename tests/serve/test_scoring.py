@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 
 from jaxslm.config import Calibration
 from jaxslm.errors import InputError
-from jaxslm.model.decoder import Decoder
+from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import vocab_logits
 from jaxslm.model.layout import Rows
 from jaxslm.score.forward import PackRequest
@@ -319,9 +320,14 @@ def test_sglangs_default_scores_any_labels_among_the_whole_vocabulary(server: Se
     generator = np.random.default_rng(0)
     rows = generator.integers(0, 256, (70, 9))  # more than are computed at once
     rows[:, :2] = 7, 8
-    layout = Rows(jnp.ones(rows.shape, bool))
-    states: Any = Decoder(ranker.config.model).apply({"params": ranker.params}, jnp.asarray(rows), layout)
-    vocabulary = np.asarray(vocab_logits(states, ranker.params), np.float64)
+
+    @jax.jit
+    def logits(params: Params) -> jax.Array:
+        layout = Rows(jnp.ones(rows.shape, bool))
+        states: Any = Decoder(ranker.config.model).apply({"params": params}, jnp.asarray(rows), layout)
+        return vocab_logits(states, params)
+
+    vocabulary = np.asarray(logits(ranker.params), np.float64)
     before = metric(server.url, "jaxslm_compilations_after_ready")
     bodies: list[dict[str, Any]] = []
     expected = []
