@@ -188,6 +188,9 @@ def prune(
     out: NewPath,
     items: Annotated[Path | None, typer.Option(help="Items that the queries of --calibration judge.")] = None,
     mlp_keep: Annotated[int | None, typer.Option(help="Neurons to keep in every layer.")] = None,
+    by_layer: Annotated[
+        bool, typer.Option(help="As many in all, more where a layer would lose more (osscar).")
+    ] = False,
     drop_layers: Annotated[int, typer.Option(min=0, help="Layers to drop.")] = 0,
     kv_groups_keep: Annotated[int | None, typer.Option(help="KV groups to keep in every layer.")] = None,
     vocab_keep: Annotated[Path | None, typer.Option(help="Items whose tokens are the vocabulary to keep.")] = None,
@@ -216,6 +219,7 @@ def prune(
     keep_compiled_programs()
     settings = PruneSettings(
         mlp_keep=mlp_keep,
+        by_layer=by_layer,
         kv_groups_keep=kv_groups_keep,
         drop_layers=drop_layers,
         criterion=criterion,

@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--candidates", type=int, default=50)
     parser.add_argument("--speed-queries", type=int, default=10)
     for name, field in PruneSettings.model_fields.items():
-        if name not in ("criterion", "refit"):
+        if name not in ("criterion", "refit", "by_layer"):
             kind = str if name == "depth_criterion" else int
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default)
     return parser.parse_args()

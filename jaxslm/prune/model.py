@@ -12,6 +12,7 @@ from jaxslm.config import ModelConfig, Positive, RankerConfig, Settings
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.progress import progress
+from jaxslm.prune.allocate import widths_by_layer
 from jaxslm.prune.calibrate import Calibration
 from jaxslm.prune.criteria import Criterion
 from jaxslm.prune.depth import DepthCriterion, choose_layers
@@ -25,6 +26,7 @@ class PruneSettings(Settings):
 
     Attributes:
         mlp_keep, kv_groups_keep: neurons and KV groups to keep in every layer; all if None. drop_layers: how many go.
+        by_layer: as many neurons in all, shared out among layers by what each would lose (`jaxslm.prune.allocate`).
         criterion: of neurons and groups (`jaxslm.prune.criteria`). refit: least squares for what stays.
         swaps: after osscar's choice, the most exchanges of a kept and a removed one, per layer and projection.
         depth_criterion: of layers (`jaxslm.prune.depth`). Layers go first; widths are fitted to the layers that stay.
@@ -34,6 +36,7 @@ class PruneSettings(Settings):
     """
 
     mlp_keep: int | None = None
+    by_layer: bool = False
     kv_groups_keep: int | None = None
     drop_layers: Annotated[int, Field(ge=0)] = 0
     criterion: Criterion = "osscar"
@@ -48,7 +51,7 @@ class PruneSettings(Settings):
 def check_target(config: ModelConfig, settings: PruneSettings) -> None:
     """Raises InputError if the target is above what there is, leaves nothing, or is no multiple of the tile width."""
     for flag, keep, there, what in (
-        ("--mlp-keep", settings.mlp_keep, min(config.mlp_width_by_layer), "neurons"),
+        ("--mlp-keep", settings.mlp_keep, _neurons_to_share(config, settings), "neurons"),
         ("--kv-groups-keep", settings.kv_groups_keep, min(config.kv_heads_by_layer), "KV groups"),
     ):
         if keep is not None and not 0 < keep <= there:
@@ -59,15 +62,26 @@ def check_target(config: ModelConfig, settings: PruneSettings) -> None:
             f"--mlp-keep {settings.mlp_keep}: must be a multiple of {settings.width_multiple}, the width of a GPU's"
             " tiles (--width-multiple sets another)"
         )
+    if settings.by_layer and (settings.criterion != "osscar" or settings.mlp_keep is None):
+        raise InputError("--by-layer: shares out the neurons of --mlp-keep by the losses of --criterion osscar")
     if settings.swaps and settings.criterion != "osscar":
         raise InputError(f"--swaps {settings.swaps}: goes with --criterion osscar, not {settings.criterion}")
     if settings.drop_layers >= config.num_layers:
         raise InputError(f"--drop-layers {settings.drop_layers}: leaves nothing of {config.num_layers} layers")
 
 
+def _neurons_to_share(config: ModelConfig, settings: PruneSettings) -> int:
+    """The most that `mlp_keep` can be: what every layer has, or by layer what they have on average, in whole tiles."""
+    if not settings.by_layer:
+        return min(config.mlp_width_by_layer)
+    multiple = settings.width_multiple
+    return sum(width // multiple * multiple for width in config.mlp_width_by_layer) // config.num_layers
+
+
 def removes_anything(config: ModelConfig, settings: PruneSettings) -> bool:
     """Whether a target leaves less of this model than there is, its vocabulary aside."""
-    keeps = ((settings.mlp_keep, config.mlp_width_by_layer), (settings.kv_groups_keep, config.kv_heads_by_layer))
+    widths = (_neurons_to_share(config, settings),) if settings.by_layer else config.mlp_width_by_layer
+    keeps = ((settings.mlp_keep, widths), (settings.kv_groups_keep, config.kv_heads_by_layer))
     return settings.drop_layers > 0 or any(keep is not None and keep < max(there) for keep, there in keeps)
 
 
@@ -97,8 +111,11 @@ def prune_model(config: RankerConfig, params: Params, calibration: Calibration, 
     kept = np.flatnonzero(keep_layers)
     masks, layers = keep_all(shallow), list[LayerReport]()
     if settings.mlp_keep is not None or settings.kv_groups_keep is not None:
+        keep, widths = settings.mlp_keep, None
+        if keep is not None and settings.by_layer:
+            widths = widths_by_layer(shallow, params, calibration, keep, settings.width_multiple)
         target = WidthTarget(
-            settings.mlp_keep,
+            widths or keep,
             settings.kv_groups_keep,
             settings.criterion,
             settings.refit,

@@ -17,6 +17,8 @@ Only W W^T enters the losses, so it is updated in place of W. Updates are kept a
 time: the numbers are those of one-at-a-time removal, at the speed of matrix products. Everything is float64.
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -65,14 +67,33 @@ def greedy(
     Returns:
         Which groups stay, and the loss of `least_squares` on them, as the updates predict it.
     """
-    left = np.arange(len(weight_AD) // group_size)
+    return next(_removals(hessian_AA, weight_AD, group_size, [keep]))
+
+
+def removal_losses(
+    hessian_AA: Square, weight_AD: Weight, group_size: int, keeps: Sequence[int]
+) -> Float[np.ndarray, " keeps"]:
+    """Returns the loss of `greedy` for each number of groups to keep, at the cost of the least of them alone.
+
+    Args:
+        keeps: ascending.
+    """
+    return np.array([lost for _, lost in _removals(hessian_AA, weight_AD, group_size, keeps[::-1])])[::-1]
+
+
+def _removals(
+    hessian_AA: Square, weight_AD: Weight, group_size: int, keeps: Sequence[int]
+) -> Iterator[tuple[Bool[np.ndarray, " groups"], float]]:
+    """Yields what `greedy` returns for each of `keeps`, which descend: one pass of removals."""
+    groups = np.arange(len(weight_AD) // group_size)
     inverse, products = np.linalg.inv(hessian_AA), weight_AD @ weight_AD.T
-    total = 0.0
-    while len(left) > keep:
-        count = min(len(left) - keep, max(1, BLOCK // group_size))
-        stays, lost, inverse, products = _remove(inverse, products, group_size, count)
-        left, total = left[stays], total + lost
-    return np.isin(np.arange(len(weight_AD) // group_size), left), total
+    left, total = groups, 0.0
+    for keep in keeps:
+        while len(left) > keep:
+            count = min(len(left) - keep, max(1, BLOCK // group_size))
+            stays, lost, inverse, products = _remove(inverse, products, group_size, count)
+            left, total = left[stays], total + lost
+        yield np.isin(groups, left), total
 
 
 def exchange(

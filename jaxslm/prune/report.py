@@ -63,11 +63,11 @@ def print_result(result: dict[str, Any]) -> None:
     console().print(sizes)
     if result["layers"]:
         errors = Table(title="relative error of a layer's outputs on the calibration tokens", title_justify="left")
-        for heading in ("layer", "attention", "MLP", "dead neurons"):
+        for heading in ("layer", "attention", "MLP", "neurons kept", "dead neurons"):
             errors.add_column(heading, justify="right")
         for row in result["layers"]:
             shares = ("" if row[name] is None else f"{row[name]:.4f}" for name in ("attention_error", "mlp_error"))
-            errors.add_row(str(row["layer"]), *shares, str(row["dead_neurons"] or ""))
+            errors.add_row(str(row["layer"]), *shares, *(_count(row[name]) for name in ("neurons", "dead_neurons")))
         console().print(errors)
     used = result["calibration"]
     console().print(
@@ -94,6 +94,10 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
 
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{min(value):,} to {max(value):,}"
+
+
+def _count(value: int | None) -> str:
+    return f"{value:,}" if value else ""
 
 
 def _change(before: Any, after: Any) -> str:

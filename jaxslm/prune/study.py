@@ -1,5 +1,6 @@
 """Pruned models beside the dense one: recovery at once or in stages, paired differences, speed in turns."""
 
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ def arms(base: PruneSettings) -> dict[str, PruneSettings]:
 
 def changed(base: PruneSettings, changes: tuple[str, ...]) -> PruneSettings:
     """Returns `base` after `name=value` changes; raises InputError as `load_toml`."""
-    stated = tuple(f"{name}={value}" for name, value in base.model_dump(exclude_defaults=True).items())
+    stated = tuple(f"{name}={json.dumps(value)}" for name, value in base.model_dump(exclude_defaults=True).items())
     return load_toml(None, PruneSettings, stated + changes)
 
 
@@ -78,11 +79,11 @@ def stages(config: ModelConfig, target: PruneSettings) -> list[tuple[PruneSettin
     first = target.drop_layers // 2
     width, keep, multiple = min(config.mlp_width_by_layer), target.mlp_keep, target.width_multiple
     half = keep and max(keep, (width + keep) // 2 // multiple * multiple)
-    steps: list[tuple[dict[str, int | None], float]] = [
+    steps: list[tuple[dict[str, Any], float]] = [
         ({"mlp_keep": half, "drop_layers": 0}, 0.1),
         ({"mlp_keep": keep, "drop_layers": 0}, 0.15),
-        ({"mlp_keep": None, "drop_layers": first}, 0.15),
-        ({"mlp_keep": None, "drop_layers": target.drop_layers - first}, 0.6),
+        ({"mlp_keep": None, "by_layer": False, "drop_layers": first}, 0.15),
+        ({"mlp_keep": None, "by_layer": False, "drop_layers": target.drop_layers - first}, 0.6),
     ]
     return [(target.model_copy(update=changes), share) for changes, share in steps]
 

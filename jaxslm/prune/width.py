@@ -18,9 +18,12 @@ from jaxslm.prune.masks import Masks, keep_all
 
 @dataclass(frozen=True)
 class WidthTarget:
-    """What to keep in every layer, all where None, and how to choose it (`jaxslm.prune.criteria`)."""
+    """What to keep in every layer, all where None, and how to choose it (`jaxslm.prune.criteria`).
 
-    mlp_keep: int | None = None
+    `mlp_keep`: one number, or one for each layer.
+    """
+
+    mlp_keep: int | Sequence[int] | None = None
     kv_groups_keep: int | None = None
     criterion: Criterion = "osscar"
     refit: bool = True
@@ -32,12 +35,13 @@ class WidthTarget:
 class LayerReport:
     """Relative reconstruction error of a layer's output projections, None where nothing was pruned.
 
-    `dead_neurons`: neurons that are zero on every calibration token; they go first.
+    `neurons`: how many stay. `dead_neurons`: neurons that are zero on every calibration token; they go first.
     """
 
     layer: int
     attention_error: float | None = None
     mlp_error: float | None = None
+    neurons: int | None = None
     dead_neurons: int = 0
 
 
@@ -65,12 +69,13 @@ def prune_widths(
     states = embed(params, calibration)
     pruned, masks, reports = dict(params), keep_all(config), []
     for layer in range(config.num_layers):
-        name, functions, errors, dead = f"layers_{layer}", layer_functions(config, layer), {}, 0
+        name, functions, found = f"layers_{layer}", layer_functions(config, layer), dict[str, Any]()
         number = layer if numbers is None else numbers[layer]
+        neurons = target.mlp_keep[layer] if isinstance(target.mlp_keep, Sequence) else target.mlp_keep
         for part, matrix, add, size, keep, mask in (
             ("attention", "o", functions.add_heads, config.queries_per_kv * config.head_dim, target.kv_groups_keep,
              masks.keep_kv_groups[layer]),
-            ("mlp", "down", functions.add_neurons, 1, target.mlp_keep, masks.keep_neurons[layer]),
+            ("mlp", "down", functions.add_neurons, 1, neurons, masks.keep_neurons[layer]),
         ):  # fmt: skip
             if keep is None:
                 continue
@@ -85,12 +90,13 @@ def prune_widths(
             )
             pruned[name] = _with_weight(pruned[name], part, matrix, result)
             mask[: projection.groups] = result.keep
-            errors[f"{part}_error"] = result.error
+            found[f"{part}_error"] = result.error
             if part == "mlp":
-                dead = int(np.sum(np.diagonal(projection.gram) == 0))
+                dead = np.diagonal(projection.gram) == 0
+                found |= {"neurons": int(result.keep.sum()), "dead_neurons": int(dead.sum())}
         for place, batch in enumerate(calibration.batches()):
             states[place] = functions.forward(pruned[name], states[place], batch)
-        reports.append(LayerReport(number, dead_neurons=dead, **errors))
+        reports.append(LayerReport(number, **found))
         done()
     return pruned, masks, reports
 

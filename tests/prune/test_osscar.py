@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxslm.prune.osscar import BLOCK, damped, exchange, greedy, least_squares, loss
+from jaxslm.prune.osscar import BLOCK, damped, exchange, greedy, least_squares, loss, removal_losses
 
 
 def problem(
@@ -60,6 +60,15 @@ def test_removal_by_blocks_is_removal_one_at_a_time() -> None:
         left[row], inverse[row, row], fitted[row] = False, 1.0, 0.0
     np.testing.assert_array_equal(keep, left)
     assert predicted == pytest.approx(fitted_loss(hessian, weight, keep, 1), rel=1e-6)
+
+
+def test_losses_of_every_number_kept_are_those_of_separate_removals() -> None:
+    _, hessian, weight = problem(2 * (BLOCK + 9), tokens=400)
+    keeps = [1, 7, BLOCK, BLOCK + 9]
+    losses = removal_losses(hessian, weight, 2, keeps)
+    expected = [greedy(hessian, weight, 2, keep)[1] for keep in keeps]
+    np.testing.assert_allclose(losses, expected, rtol=1e-9, atol=0)
+    assert losses[-1] == 0
 
 
 @settings(max_examples=10, deadline=None)

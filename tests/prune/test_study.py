@@ -29,6 +29,8 @@ def test_an_arm_changes_some_settings_and_keeps_the_others() -> None:
     found = changed(base, ("depth_criterion=keep-last-1", "drop_layers=2"))
     assert found == PruneSettings(mlp_keep=1536, calibration_tokens=500, depth_criterion="keep-last-1", drop_layers=2)
     assert changed(base, ()) == base
+    shared_out = changed(base, ("by_layer=true",))
+    assert shared_out == changed(shared_out, ()) == base.model_copy(update={"by_layer": True})
     with pytest.raises(InputError, match="drop_layer: Extra inputs"):
         changed(base, ("drop_layer=2",))
 
@@ -41,10 +43,14 @@ def test_an_arm_changes_some_settings_and_keeps_the_others() -> None:
         ({"drop_layers": 3}, [(None, 0), (None, 0), (None, 1), (None, 2)]),
     ],
 )
-def test_stages(target: dict[str, Any], expected: list[tuple[int | None, int]]) -> None:
-    found = stages(MODELS["qwen3-0.6b"], PruneSettings(**target))
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_stages(target: dict[str, Any], expected: list[tuple[int | None, int]], by_layer: bool) -> None:
+    found = stages(MODELS["qwen3-0.6b"], PruneSettings(**target, by_layer=by_layer and "mlp_keep" in target))
     assert [(settings.mlp_keep, settings.drop_layers) for settings, _ in found] == expected
     assert sum(share for _, share in found) == pytest.approx(1)
+    assert {settings.mlp_keep for settings, _ in found if settings.by_layer} == {
+        keep for keep, _ in expected if keep and by_layer
+    }
 
 
 def test_speed_in_turns(tmp_path: Path) -> None:
