@@ -64,6 +64,10 @@ def check_target(config: ModelConfig, settings: PruneSettings) -> None:
         )
     if settings.by_layer and (settings.criterion != "osscar" or settings.mlp_keep is None):
         raise InputError("--by-layer: shares out the neurons of --mlp-keep by the losses of --criterion osscar")
+    if settings.by_layer and (narrowest := min(config.mlp_width_by_layer)) < settings.width_multiple:
+        raise InputError(
+            f"--by-layer: a layer of {narrowest} neurons is below --width-multiple {settings.width_multiple}"
+        )
     if settings.swaps and settings.criterion != "osscar":
         raise InputError(f"--swaps {settings.swaps}: goes with --criterion osscar, not {settings.criterion}")
     if settings.drop_layers >= config.num_layers:
@@ -113,6 +117,9 @@ def prune_model(config: RankerConfig, params: Params, calibration: Calibration, 
     if settings.mlp_keep is not None or settings.kv_groups_keep is not None:
         keep, widths = settings.mlp_keep, None
         if keep is not None and settings.by_layer:
+            check_target(
+                shallow, settings.model_copy(update={"drop_layers": 0})
+            )  # the layers that went had their share
             widths = widths_by_layer(shallow, params, calibration, keep, settings.width_multiple)
         target = WidthTarget(
             widths or keep,

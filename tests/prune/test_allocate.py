@@ -79,6 +79,15 @@ def test_what_was_shared_out_can_be_shared_out_again() -> None:
     for target, message in (
         (by_layer.model_copy(update={"mlp_keep": 40}), "--mlp-keep 40: is above the 32"),
         (by_layer.model_copy(update={"by_layer": False}), "--mlp-keep 32: is above the 8"),
+        (by_layer.model_copy(update={"mlp_keep": 16, "width_multiple": 16}), "a layer of 8 neurons is below"),
     ):
         with pytest.raises(InputError, match=message):
             check_target(config, target)
+
+
+def test_layers_that_go_take_their_neurons_with_them(tmp_path: Path) -> None:
+    config = tiny_ranker_config(tiny_config(num_layers=3, mlp_width=(16, 16, 48)), **PROMPT)
+    settings = PruneSettings(mlp_keep=24, width_multiple=8, by_layer=True, drop_layers=1)
+    check_target(config.model, settings)
+    with pytest.raises(InputError, match="--mlp-keep 24: is above the 16"):
+        prune_model(config, tiny_params(config.model), requests_calibration(tmp_path), settings)
