@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from jaxslm.config import Bucket, BucketConfig, CompressorConfig, RankerConfig
+from jaxslm.config import Bucket, BucketConfig, CompressorConfig, PromptConfig, RankerConfig
 from jaxslm.score.forward import PackRequest
 from jaxslm.score.packing import Packer
 
@@ -74,29 +74,51 @@ def default_buckets(platform: str) -> BucketConfig:
     return BucketConfig(buckets=tuple(buckets), overhead_tokens=pass_overhead(platform))
 
 
-FEW_PREFIX_TOKENS = 128
-"""Prefixes of `few_buckets`; a longer one joins its items."""
+FEW_PREFIX_TOKENS = (64, 128)
+"""Prefixes of `few_buckets`: a sentence, and the longest; a longer one joins its items."""
 
 
 def few_buckets(platform: str, config: RankerConfig, compressor: CompressorConfig | None = None) -> BucketConfig:
-    """Returns two or three shapes that hold any text of the prompt behind a short prefix, and for each k any vectors.
+    """Returns few shapes that hold any text of the prompt behind a short prefix, and for each k any vectors.
 
-    Attention pads more than in `default_buckets`; there is little to compile, where programs serve one run.
+    There is little to compile, where programs serve one run. Usual rows are a sentence and an item as the prompt cuts
+    it; they have several sizes, and others one, in which attention pads more.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
     """
-    longest = config.prompt.max_tokens
-    row = FEW_PREFIX_TOKENS + longest
+    prompt = config.prompt
+    sentence, longest_prefix = FEW_PREFIX_TOKENS
     passes = (256, 1024) if platform == "cpu" else (512, 4096, 16384)
-    fitting = [tokens for tokens in passes if tokens >= row]
-    sizes = fitting if fitting and fitting[0] < 1.5 * row else [row, *fitting]
-    buckets = [make_bucket(tokens, FEW_PREFIX_TOKENS, longest, longest // 2) for tokens in sizes]
+    usual, shortest = _usual_items(prompt)
+    buckets = [make_bucket(size, sentence, usual, shortest) for size in _few_sizes(passes, sentence + usual)]
+    longest = _few_sizes(passes, longest_prefix + prompt.max_tokens)[-1]
+    buckets.append(make_bucket(longest, longest_prefix, prompt.max_tokens, prompt.max_tokens // 2))
     if compressor is not None:
         for k in compressor.ks:
             item = k + compressor.answer_tokens + compressor.max_text_tokens
-            buckets += [make_bucket(tokens, FEW_PREFIX_TOKENS, item, item, k) for tokens in passes]
+            buckets += [make_bucket(size, sentence, item, item, k) for size in passes]
+            buckets.append(make_bucket(passes[-1], longest_prefix, item, item, k))
     return BucketConfig(buckets=tuple(dict.fromkeys(buckets)))
+
+
+def _usual_items(prompt: PromptConfig) -> tuple[int, int]:
+    """Returns how long usual items are at most, and what the short ones of them have.
+
+    Of items that the prompt cuts most are as long as it lets them; more rows for short ones would only be padding in
+    attention. The first edge above that length leaves room for a few words of the prompt.
+    """
+    longest = prompt.max_tokens
+    edges = [
+        edge for edge in ITEM_EDGES if prompt.max_item_tokens is not None and prompt.max_item_tokens < edge < longest
+    ]
+    return (edges[0], 3 * edges[0] // 4) if edges else (longest, longest // 2)
+
+
+def _few_sizes(passes: Sequence[int], row: int) -> Sequence[int]:
+    """The passes that hold such a row, and one that just does where all that do are much larger."""
+    fitting = [tokens for tokens in passes if tokens >= row]
+    return fitting if fitting and fitting[0] < 1.5 * row else [row, *fitting]
 
 
 def with_vectors(config: BucketConfig, platform: str, compressor: CompressorConfig, longest_row: int) -> BucketConfig:

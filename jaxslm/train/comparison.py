@@ -32,6 +32,7 @@ from jaxslm.model.head import label_rows, vocab_rows
 from jaxslm.model.layout import SharedPrefix
 from jaxslm.prompt import Prompt
 from jaxslm.train.losses import list_softmax
+from jaxslm.train.start import last_layers
 from jaxslm.train.step import EveryToken
 
 POOLED_NORM = 3.0
@@ -57,6 +58,7 @@ class _Sample:
             whether the item's, [2, T].
         answers, queries, items: float64 [items, D]; answer tokens; means over query, over own tokens.
         residuals: the answer tokens' stream before the final norm.
+        streams: that of every token of each batch, [M, D].
     """
 
     rows: list[tuple[np.ndarray, np.ndarray]]
@@ -64,6 +66,7 @@ class _Sample:
     queries: np.ndarray
     items: np.ndarray
     residuals: np.ndarray
+    streams: list[jax.Array]
 
 
 def add_comparison_layer(
@@ -130,19 +133,23 @@ def _sample(model: ModelConfig, params: Params, prompt: Prompt, batches: Sequenc
             mutable=["intermediates"],
             capture_intermediates=lambda module, _: module.name == last,
         )
-        return normed, layout.read_last(variables["intermediates"][last]["__call__"][0])
+        stream = variables["intermediates"][last]["__call__"][0]
+        return normed, layout.read_last(stream), stream
 
+    streams: list[jax.Array] = []
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     columns: list[list[np.ndarray]] = [[], [], [], []]
     for batch in batches:
-        normed, residual = states(params, batch["tokens"], batch["prefix"], batch["items"])
+        normed, residual, stream = states(params, batch["tokens"], batch["prefix"], batch["items"])
+        streams.append(stream)
         of_batch = _roles(np.asarray(normed, np.float64), batch, prompt)
         rows += of_batch
         columns[0].append(np.stack([states_TD[-1] for states_TD, _ in of_batch]))
         columns[1].append(np.stack([states_TD[roles_T[0]].mean(axis=0) for states_TD, roles_T in of_batch]))
         columns[2].append(np.stack([states_TD[roles_T[1]].mean(axis=0) for states_TD, roles_T in of_batch]))
         columns[3].append(np.asarray(residual, np.float64)[batch["valid"]])
-    return _Sample(rows, *(np.concatenate(column) for column in columns))
+    answers, queries, items, residuals = (np.concatenate(column) for column in columns)
+    return _Sample(rows, answers, queries, items, residuals, streams)
 
 
 def _roles(states_MD: np.ndarray, batch: NpBatch, prompt: Prompt) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -255,15 +262,19 @@ def _label_difference(
     the final state knows them: a ridge regression from the direction alone. The cosine's scale is that of least list
     loss, its offset gives a mean of START_LOG_ODDS.
     """
-    decoder = Decoder(model)
+    decoder = Decoder(last_layers(model, 1))
+    on_top = params | {"layers_0": params[f"layers_{model.num_layers - 1}"]}
 
     @jax.jit
-    def read(params: Params, tokens_M: jax.Array, prefix_RP: jax.Array, items_RJT: jax.Array) -> jax.Array:
-        layout = SharedPrefix(prefix_RP, items_RJT, len(tokens_M))
-        return jnp.asarray(decoder.apply({"params": params}, tokens_M, layout))
+    def read(params: Params, stream_MD: jax.Array, prefix_RP: jax.Array, items_RJT: jax.Array) -> jax.Array:
+        layout = SharedPrefix(prefix_RP, items_RJT, len(stream_MD))
+        return jnp.asarray(decoder.apply({"params": params}, stream_MD, layout, method=Decoder.decode))
 
     states_RJD = np.concatenate(
-        [np.asarray(read(params, each["tokens"], each["prefix"], each["items"]), np.float64) for each in batches]
+        [
+            np.asarray(read(on_top, stream_MD, each["prefix"], each["items"]), np.float64)
+            for stream_MD, each in zip(sample.streams, batches, strict=True)
+        ]
     )
     labels_RJ, valid_RJ = (np.concatenate([each[name] for each in batches]) for name in ("labels", "valid"))
     cosine_RJ = np.zeros(valid_RJ.shape, np.float32)

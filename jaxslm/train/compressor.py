@@ -1,7 +1,7 @@
 """`jaxslm train compressor`: an item encoder and a ranker that reads both its vectors and full text."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,8 @@ def train_compressor(settings: CompressorTraining, out: Path) -> TrainResult:
     items = CompressorItems.of(data, first.config, ItemTokenizer(first.tokenizer_json))
     encoder = Encoding(start, first, dtype)
     if not settings.optimiser.encoder_factor:
-        items = replace(items, pooled=encoder.items.pooled(items.ids))
-    projector = first.projector or encoder.new_projector(items, start.params["embedding"], settings)
+        items = replace(items, pooled=encoder.pooled(items.ids, data.judged_rows))
+    projector = first.projector or encoder.new_projector(items, data.judged_rows, start.params["embedding"], settings)
     partition = compressor_partition(settings, start.config)
     ranker = Decoder(start.config.model, dtype, settings.remat)
     models = Models(start.config, first.config, ranker, Decoder(first.config.encoder, dtype, settings.remat))
@@ -153,10 +153,23 @@ class Encoding:
         params = {"encoder": first.encoder, "projector": first.projector}
         self.items = VectorEncoder(first.config, params, first.tokenizer_json, dtype)
 
-    def new_projector(self, items: CompressorItems, embedding_VD: Any, settings: CompressorTraining) -> Params:
-        """Returns the projector before the first update, of the kind that the settings name."""
+    def pooled(self, ids: Sequence[np.ndarray], rows: np.ndarray) -> dict[int, np.ndarray]:
+        """Returns the pooled states of these rows of a catalogue, per k [items, k, E]; 0 for those of others.
+
+        Lists hold judged items alone, and states of the rest would be computed for nothing.
+        """
+        pooled = self.items.pooled([ids[row] for row in rows.tolist()])
+        of_all = {k: np.zeros((len(ids), *states.shape[1:]), states.dtype) for k, states in pooled.items()}
+        for k, states in pooled.items():
+            of_all[k][rows] = states
+        return of_all
+
+    def new_projector(
+        self, items: CompressorItems, rows: np.ndarray, embedding_VD: Any, settings: CompressorTraining
+    ) -> Params:
+        """Returns the projector before the first update, of the kind that the settings name; fitted to these rows."""
         seed = settings.data.seed
-        chosen = np.random.default_rng(seed).permutation(len(items.ids))[:SAMPLE]
+        chosen = np.random.default_rng(seed).permutation(rows)[:SAMPLE]
         if items.pooled is not None:
             pooled = {k: states[chosen] for k, states in items.pooled.items()}
         else:

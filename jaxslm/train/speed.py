@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxslm.config import ModelConfig
 from jaxslm.model.cost import attention_flops_per_pair, last_layer_savings, linear_flops_per_token
+from jaxslm.train.start import last_layers
 
 BACKWARD = 2
 """A backward pass costs twice a forward pass; recomputation and optimiser are not counted as useful."""
@@ -21,14 +22,14 @@ def ranker_work(
     """
     tokens, pairs, read = _counts(batch)
     savings = last_layer_savings(config, tokens, read)
-    trained = _forward(_last_layers(config, train_layers), tokens, pairs) - savings
+    trained = _forward(last_layers(config, train_layers), tokens, pairs) - savings
     return tokens, _forward(config, tokens, pairs) - savings + BACKWARD * trained
 
 
 def pair_work(config: ModelConfig, batch: Mapping[str, np.ndarray], train_layers: int | None = None) -> tuple[int, int]:
     """Returns (real tokens, FLOPs of forward and backward) of a batch of pairs, as `ranker_work`."""
     tokens, pairs, _ = _counts(batch)
-    trained = _forward(_last_layers(config, train_layers), tokens, pairs)
+    trained = _forward(last_layers(config, train_layers), tokens, pairs)
     return tokens, _forward(config, tokens, pairs) + BACKWARD * trained
 
 
@@ -44,10 +45,3 @@ def _counts(batch: Mapping[str, np.ndarray]) -> tuple[int, int, int]:
 
 def _forward(config: ModelConfig, tokens: int, pairs: int) -> int:
     return linear_flops_per_token(config) * tokens + attention_flops_per_pair(config) * pairs
-
-
-def _last_layers(config: ModelConfig, count: int | None) -> ModelConfig:
-    if count is None or count >= config.num_layers:
-        return config
-    widths = {"num_kv_heads": config.kv_heads_by_layer[-count:], "mlp_width": config.mlp_width_by_layer[-count:]}
-    return config.model_copy(update={"num_layers": count, **widths})

@@ -50,3 +50,11 @@ def first_layers(config: ModelConfig, params: Params, count: int) -> tuple[Model
             tree[name] = tree[name][0]
     dropped = {f"layers_{index}" for index in range(count, config.num_layers)}
     return ModelConfig(**tree), {name: leaf for name, leaf in params.items() if name not in dropped}
+
+
+def last_layers(config: ModelConfig, count: int | None) -> ModelConfig:
+    """Returns the shape of the last `count` layers by themselves; all if None or more than there are."""
+    if count is None or count >= config.num_layers:
+        return config
+    widths = {"num_kv_heads": config.kv_heads_by_layer[-count:], "mlp_width": config.mlp_width_by_layer[-count:]}
+    return config.model_copy(update={"num_layers": count, **widths})

@@ -100,6 +100,15 @@ def test_a_compressor_learns_the_rule_of_the_toy_data(toy: Path, tmp_path: Path)
         encoder.encode(TEXTS, 4)
 
 
+def test_an_item_that_no_query_judges_changes_nothing(toy: Path, tmp_path: Path) -> None:
+    more = tmp_path / "items.jsonl"
+    unjudged = Item(id="unjudged", text="amber amber red").model_dump_json(exclude_none=True)
+    more.write_text(unjudged + "\n" + (toy / "items.jsonl").read_text())
+    for name, items in (("as-it-is", toy / "items.jsonl"), ("more", more)):
+        train_compressor(settings_of(toy, f"data.items={items}"), tmp_path / name)
+    assert hashes(tmp_path / "more") == hashes(tmp_path / "as-it-is")
+
+
 def test_stored_scores_teach_as_a_teacher_that_runs_along(toy: Path, tmp_path: Path) -> None:
     requests, scores = tmp_path / "requests.jsonl", tmp_path / "scores.jsonl"
     items = tuple(RequestItem(id=item.id, text=item.text) for item in read_records(toy / "items.jsonl", Item))

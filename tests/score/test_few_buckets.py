@@ -1,0 +1,57 @@
+"""The few shapes of one run: they hold whatever the prompt allows, and fit what it usually makes."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxslm.config import CompressorConfig, PromptConfig, RankerConfig
+from jaxslm.score.buckets import few_buckets
+from jaxslm.score.forward import PackRequest
+from jaxslm.score.packing import Packer
+from tests.score.test_packing import COMPRESSOR
+from tests.tiny import tiny_config, tiny_ranker_config
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+
+def ranker_config(max_tokens: int, max_item_tokens: int | None = None) -> RankerConfig:
+    prompt = PromptConfig(template="brief", max_tokens=max_tokens, max_item_tokens=max_item_tokens)
+    return tiny_ranker_config(tiny_config()).model_copy(update={"prompt": prompt})
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    platform=st.sampled_from(PLATFORMS),
+    max_tokens=st.integers(32, 3000),
+    max_item_tokens=st.none() | st.integers(1, 3000),
+    data=st.data(),
+)
+def test_any_row_of_the_prompt_has_a_shape(
+    platform: str, max_tokens: int, max_item_tokens: int | None, data: st.DataObject
+) -> None:
+    packer = Packer(few_buckets(platform, ranker_config(max_tokens, max_item_tokens)))
+    prefix = data.draw(st.integers(0, max_tokens - 1))
+    lengths = data.draw(st.lists(st.integers(1, max_tokens - prefix), min_size=1, max_size=4))
+    groups = list(packer.pack([PackRequest([1] * prefix, [[2] * length for length in lengths])]))
+    assert sum(len(forward.indices) for group in groups for forward in group) == len(lengths)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_items_as_the_prompt_cuts_them_behind_a_sentence_take_the_tight_shapes(platform: str) -> None:
+    packer = Packer(few_buckets(platform, ranker_config(176, 92)))
+    for prefix, item, shape in ((58, 95, (64, 96)), (65, 95, (128, 176)), (58, 97, (128, 176))):
+        passes = packer.pack([PackRequest([1] * prefix, [[2] * item] * 40)])
+        shapes = {(each.bucket.prefix_tokens, each.bucket.item_tokens) for group in passes for each in group}
+        assert shapes == {shape}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("text_tokens", [0, 20])
+def test_vectors_of_every_k_have_shapes_behind_both_prefixes(platform: str, text_tokens: int) -> None:
+    fields = {"text_fields": ("title",), "max_text_tokens": text_tokens} if text_tokens else {}
+    compressor = CompressorConfig(**(COMPRESSOR.model_dump() | fields))
+    buckets = few_buckets(platform, ranker_config(176, 92), compressor).buckets
+    for k in compressor.ks:
+        of_k = [bucket for bucket in buckets if bucket.vectors_per_item == k]
+        assert {bucket.item_tokens for bucket in of_k} == {k + 1 + text_tokens}
+        assert {bucket.prefix_tokens for bucket in of_k} == {64, 128}
