@@ -1,6 +1,7 @@
 """The quickstart: all stages on made data, what a second run reuses, going on after Ctrl-C, what damage leads to."""
 
 import json
+import runpy
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from jaxslm.errors import InputError
 from jaxslm.quickstart import pipeline, run, serving
+from jaxslm.quickstart.pipeline import Pipeline
 from jaxslm.quickstart.settings import MeasureSettings, QuickstartSettings
 from jaxslm.score.scorer import load
 from jaxslm.train import step
@@ -19,6 +21,8 @@ from tests.tiny import tiny_config
 from tests.train.test_loop import stop_after
 from tests.train.toy import write_toy_data
 
+SCRIPT = Path(__file__).parents[1] / "scripts" / "quality_study.py"
+QUALITY = ("ndcg_at_10", "ndcg_ci95", "ndcg_minus_dense", "ndcg_minus_dense_ci95")
 COUNTS = {"items": 40, "train_task_queries": 60, "train_dwa_queries": 0, "dev_queries": 10, "bls_queries": 0}
 MODEL = tiny_config(
     "llama", width=64, num_layers=3, num_kv_heads=1, queries_per_kv=2, head_dim=16, mlp_width=64, max_positions=2048
@@ -109,6 +113,19 @@ def test_the_whole_run(finished: tuple[Path, dict[str, Any]]) -> None:
     assert "compressed k=1" in page
     assert load(out / "ranker").config.model.num_layers == 3
     assert load(out / "pruned").config.model.mlp_width == 48
+
+
+def test_quality_on_a_split_is_what_the_run_measured(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, result = finished
+    study = runpy.run_path(str(SCRIPT))["study"]
+    rows = json.loads(study(Pipeline(out, make_demo, SETTINGS), ["dev"], SETTINGS.measure, tmp_path).read_text())[
+        "rows"
+    ]
+    measured = {f"{row['name']}, dev": row for row in result["rows"]}
+    assert [row["name"] for row in rows] == list(measured)
+    for row in rows:
+        assert row["queries"] == 3
+        assert {name: row.get(name) for name in QUALITY} == {name: measured[row["name"]].get(name) for name in QUALITY}
 
 
 def test_the_server_answers_each_kind_of_request(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -23,6 +23,8 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
             "setting drop_layers: must be a.b=value",
         ),
         ("prune_study.py", "--dense no --data no --out o", "no: not a checkpoint"),
+        ("quality_study.py", "--quickstart no --out o --limit 0", "queries: Input should be greater"),
+        ("quality_study.py", "--quickstart no --out o", "no/encoded.json: missing"),
         ("compression_study.py", "--data no --out o arm", "no: holds neither items.jsonl"),
     ],
 )

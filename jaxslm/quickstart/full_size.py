@@ -17,7 +17,7 @@ from jaxslm.evaluate.report import write_report
 from jaxslm.progress import console
 from jaxslm.prune.depth import DepthCriterion
 from jaxslm.quickstart.int8 import write_int8
-from jaxslm.quickstart.measure import combine, evaluate
+from jaxslm.quickstart.measure import combine
 from jaxslm.quickstart.pipeline import Pipeline
 from jaxslm.quickstart.settings import MeasureSettings, Overrides, QuickstartSettings, RecipeSettings
 from jaxslm.quickstart.stages import LOG, Stage, run_stages, seconds_by_stage
@@ -113,8 +113,8 @@ class FullSize(Pipeline):
         return [*results, *found, self.evaluations, self.report, self.int8]
 
     def _evaluate_split(self, split: str) -> None:
-        tokens, folder = self._encoder_training.data.max_item_tokens, self.evaluations / split
-        evaluate(self._contestants(), self.encoder, tokens, self.jobs, self._settings.measure, folder, split)
+        folder = self.evaluations / split
+        self.evaluate(split, self._settings.measure, folder)
         (folder / "done").touch()
 
     def _bench_file(self, model: str, workload: str) -> Path:
@@ -137,7 +137,7 @@ class FullSize(Pipeline):
         results = [self.results_of(split) for split in SPLITS]
         for split, path in zip(SPLITS, results, strict=True):
             said = conditions | {"split": split}
-            combine(self._contestants(), self.evaluations / split, self.speed, said, path)
+            combine(self.contestants(), self.evaluations / split, self.speed, said, path)
         write_report([*results, *(self._bench_file(*each) for each in self._bench)], self.report)
 
 

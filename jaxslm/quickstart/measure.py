@@ -36,6 +36,8 @@ from jaxslm.score.scorer import Ranker, VectorRequest
 
 SPLIT = "dev"
 DENSE = "full text"
+BI_ENCODER = "bi-encoder"
+"""The contrastive stage, by the cosine of its states."""
 
 Requests = Sequence[tuple[str, list[Item]]]
 """(query, items) of each request."""
@@ -71,10 +73,11 @@ def evaluate(
             with open_store(str(each.store), read_only=True) as store:
                 report = evaluate_store(ranker, store, data, split, name=each.name, **options)
         _write(path, _evaluated(report))
-    name = "bi-encoder"
-    if not (path := _file_of(folder, name)).exists():
+    if not (path := _file_of(folder, BI_ENCODER)).exists():
         checkpoint = load_checkpoint(encoder)
-        report = evaluate_bi_encoder(checkpoint, data, split, name=name, max_item_tokens=max_item_tokens, **options)
+        report = evaluate_bi_encoder(
+            checkpoint, data, split, name=BI_ENCODER, max_item_tokens=max_item_tokens, **options
+        )
         _write(path, _evaluated(report))
 
 
@@ -107,17 +110,14 @@ def measure_speed(contestants: Sequence[Contestant], data: Path, settings: Measu
     _write(out, {"rows": rows, "conditions": {"speed": how, "device": device_name(), "jax": jax.__version__}})
 
 
-def combine(
-    contestants: Sequence[Contestant], folder: Path, speed: Path, conditions: Mapping[str, Any], out: Path
-) -> None:
-    """Writes the result file of `jaxslm report` from what `evaluate` and `measure_speed` wrote."""
-    speeds = read_json(speed)
-    found = {each.name: read_json(_file_of(folder, each.name)) for each in contestants}
-    encoder = read_json(folder / "bi-encoder.json")
+def quality(contestants: Sequence[Contestant], folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns the rows of what `evaluate` wrote, and its conditions; differences to full text are paired by query."""
+    names = [*(each.name for each in contestants), BI_ENCODER]
+    found = {name: read_json(_file_of(folder, name)) for name in names}
     dense = found[DENSE]["ndcg_per_query"]
     rows = []
     for name, content in found.items():
-        row = content["row"] | speeds["rows"][name]
+        row = dict(content["row"])
         if name != DENSE:
             difference = paired_bootstrap(content["ndcg_per_query"], dense)
             row |= {
@@ -125,9 +125,17 @@ def combine(
                 "ndcg_minus_dense_ci95": [difference.low, difference.high],
             }
         rows.append(row)
-    rows += [encoder["row"], *found[DENSE]["baselines"]]
-    said = found[DENSE]["conditions"] | speeds["conditions"] | dict(conditions)
-    _write(out, {"rows": rows, "conditions": said})
+    return [*rows, *found[DENSE]["baselines"]], found[DENSE]["conditions"]
+
+
+def combine(
+    contestants: Sequence[Contestant], folder: Path, speed: Path, conditions: Mapping[str, Any], out: Path
+) -> None:
+    """Writes the result file of `jaxslm report` from what `evaluate` and `measure_speed` wrote."""
+    speeds = read_json(speed)
+    rows, said = quality(contestants, folder)
+    rows = [row | speeds["rows"].get(row["name"], {}) for row in rows]
+    _write(out, {"rows": rows, "conditions": said | speeds["conditions"] | dict(conditions)})
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from jaxslm.inspect import describe, print_card
 from jaxslm.progress import console
 from jaxslm.prune.checkpoints import prune_checkpoint
 from jaxslm.prune.model import PruneSettings
-from jaxslm.quickstart.measure import DENSE, Contestant, combine, evaluate, measure_speed, read_json
-from jaxslm.quickstart.settings import QuickstartSettings
+from jaxslm.quickstart.measure import DENSE, SPLIT, Contestant, combine, evaluate, measure_speed, read_json
+from jaxslm.quickstart.settings import MeasureSettings, QuickstartSettings
 from jaxslm.quickstart.stages import Stage, run_stages, seconds_by_stage
 from jaxslm.train.compressor import train_compressor
 from jaxslm.train.compressor_settings import CompressorTraining
@@ -257,24 +257,29 @@ class Pipeline:
     def _store(self, k: int) -> Path:
         return self._out / f"store-k{k}"
 
-    def _contestants(self) -> list[Contestant]:
+    def contestants(self) -> list[Contestant]:
+        """The rankers that are measured, the dense one first."""
         compressed = [Contestant(f"compressed k={k}", self.compressed, self._store(k)) for k in sorted(self._ks)[::-1]]
         return [Contestant(DENSE, self.ranker), Contestant("pruned", self.recovered), *compressed]
 
-    def _evaluate(self) -> None:
+    def evaluate(self, split: str, settings: MeasureSettings, folder: Path) -> None:
+        """Writes how good each ranker is on a split, as `jaxslm.quickstart.measure.evaluate` does."""
         tokens = self._encoder_training.data.max_item_tokens
-        evaluate(self._contestants(), self.encoder, tokens, self.jobs, self._settings.measure, self.evaluations)
+        evaluate(self.contestants(), self.encoder, tokens, self.jobs, settings, folder, split)
+
+    def _evaluate(self) -> None:
+        self.evaluate(SPLIT, self._settings.measure, self.evaluations)
         (self.evaluations / "done").touch()
 
     def _measure_speed(self) -> None:
-        measure_speed(self._contestants(), self.jobs, self._settings.measure, self.speed)
+        measure_speed(self.contestants(), self.jobs, self._settings.measure, self.speed)
 
     def _export(self) -> None:
         export_hf(self.recovered, self.exported)
 
     def _report(self) -> None:
         conditions = {"seconds": seconds_by_stage(self._out)}
-        combine(self._contestants(), self.evaluations, self.speed, conditions, self.results)
+        combine(self.contestants(), self.evaluations, self.speed, conditions, self.results)
         write_report([self.results], self.report)
 
 
