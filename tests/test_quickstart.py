@@ -118,12 +118,11 @@ def test_the_whole_run(finished: tuple[Path, dict[str, Any]]) -> None:
 def test_quality_on_a_split_is_what_the_run_measured(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, result = finished
     study = runpy.run_path(str(SCRIPT))["study"]
-    rows = json.loads(study(Pipeline(out, make_demo, SETTINGS), ["dev"], SETTINGS.measure, tmp_path).read_text())[
-        "rows"
-    ]
+    studied = study(Pipeline(out, make_demo, SETTINGS), ["dev"], SETTINGS.measure, tmp_path / "study")
+    assert studied == json.loads((tmp_path / "study" / "result.json").read_text())
     measured = {f"{row['name']}, dev": row for row in result["rows"]}
-    assert [row["name"] for row in rows] == list(measured)
-    for row in rows:
+    assert [row["name"] for row in studied["rows"]] == list(measured)
+    for row in studied["rows"]:
         assert row["queries"] == 3
         assert {name: row.get(name) for name in QUALITY} == {name: measured[row["name"]].get(name) for name in QUALITY}
 

@@ -102,7 +102,7 @@ class Pipeline:
                 "First lessons",
                 "The first 6 of its 30 layers learn to give a search and a fitting posting similar states (contrastive"
                 " training).",
-                200,
+                180,
                 self._train_encoder,
                 self.encoder,
                 self.start,
@@ -110,7 +110,7 @@ class Pipeline:
             Stage(
                 "Ranker",
                 "It learns to read a search and a posting together and to answer yes or no; P(yes) is the order.",
-                90,
+                110,
                 self._train_ranker,
                 self.ranker,
                 self.encoder,
@@ -118,7 +118,7 @@ class Pipeline:
             Stage(
                 "Pruning",
                 "A third of the neurons go; those that stay are fitted to what the whole ranker computed.",
-                20,
+                40,
                 self._prune,
                 self.pruned,
                 self.ranker,
@@ -126,7 +126,7 @@ class Pipeline:
             Stage(
                 "Recovery",
                 "The whole ranker teaches the pruned one what it lost (distillation).",
-                60,
+                80,
                 self._recover,
                 self.recovered,
                 self.pruned,
@@ -134,7 +134,7 @@ class Pipeline:
             Stage(
                 "Compressor",
                 "A posting becomes 1 or 8 vectors that the ranker reads in place of its text.",
-                90,
+                150,
                 self._train_compressor,
                 self.compressed,
                 self.recovered,
@@ -149,7 +149,7 @@ class Pipeline:
             Stage(
                 "Quality",
                 "Searches that no stage has seen: does each ranker put the fitting postings first?",
-                180,
+                150,
                 self._evaluate,
                 self.evaluations / "done",
             ),
