@@ -109,9 +109,7 @@ def _usual_items(prompt: PromptConfig) -> tuple[int, int]:
     attention. The first edge above that length leaves room for a few words of the prompt.
     """
     longest = prompt.max_tokens
-    edges = [
-        edge for edge in ITEM_EDGES if prompt.max_item_tokens is not None and prompt.max_item_tokens < edge < longest
-    ]
+    edges = [edge for edge in ITEM_EDGES if (prompt.max_item_tokens or longest) < edge < longest]
     return (edges[0], 3 * edges[0] // 4) if edges else (longest, longest // 2)
 
 

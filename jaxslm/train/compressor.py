@@ -158,9 +158,9 @@ class Encoding:
 
         Lists hold judged items alone, and states of the rest would be computed for nothing.
         """
-        pooled = self.items.pooled([ids[row] for row in rows.tolist()])
-        of_all = {k: np.zeros((len(ids), *states.shape[1:]), states.dtype) for k, states in pooled.items()}
-        for k, states in pooled.items():
+        of_all = {}
+        for k, states in self.items.pooled([ids[row] for row in rows.tolist()]).items():
+            of_all[k] = np.zeros((len(ids), *states.shape[1:]), states.dtype)
             of_all[k][rows] = states
         return of_all
 
