@@ -13,12 +13,10 @@ import numpy as np
 from jaxslm.atomic import new_folder
 from jaxslm.bench.score import timed
 from jaxslm.bench.workloads import Workload, model_named, random_requests
-from jaxslm.config import RankerConfig
-from jaxslm.errors import InputError
 from jaxslm.evaluate.figures import LIGHT, MARKERS, SERIES, Drawing, draw
 from jaxslm.evaluate.reliability import check_plot, write_plot
 from jaxslm.model.cost import scoring_flops
-from jaxslm.model.decoder import Params
+from jaxslm.model.depth import first_layers
 from jaxslm.progress import console
 from jaxslm.score.buckets import default_buckets
 from jaxslm.score.compiled import CompiledScorer
@@ -93,7 +91,8 @@ def bench_growth(
         used = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
         config, params = model_named(model, used)
         if layers is not None:
-            config, params = first_layers(config, params, layers)
+            shape, params = first_layers(config.model, params, layers)
+            config = config.model_copy(update={"model": shape})
         buckets = default_buckets(jax.default_backend())
         scorer = CompiledScorer(config, params, dtype=used, devices=jax.local_devices()[:1], buckets=buckets)
         rows = [row for curve in curves for row in _measured(scorer, curve, repeats)]
@@ -109,20 +108,6 @@ def bench_growth(
         "points": len(rows),
         "least_of_fastest": min(row["of_fastest"] for row in rows),
     } | conditions
-
-
-def first_layers(config: RankerConfig, params: Params, layers: int) -> tuple[RankerConfig, Params]:
-    """Returns a model without its later layers; raises InputError if it has fewer."""
-    model = config.model
-    if layers > model.num_layers:
-        raise InputError(f"--layers {layers}: the model has {model.num_layers}")
-    kept = {f"layers_{number}" for number in range(layers)}
-    params = {name: leaf for name, leaf in params.items() if not name.startswith("layers_") or name in kept}
-    shorter: dict[str, Any] = {"num_layers": layers}
-    for name in ("num_kv_heads", "mlp_width"):
-        by_layer = getattr(model, name)
-        shorter[name] = by_layer[:layers] if isinstance(by_layer, tuple) else by_layer
-    return config.model_copy(update={"model": model.model_copy(update=shorter)}), params
 
 
 def _measured(scorer: CompiledScorer, curve: Curve, repeats: int) -> list[dict[str, Any]]:

@@ -28,11 +28,11 @@ import numpy as np
 from jaxslm.config import ModelConfig, RankerConfig
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
+from jaxslm.model.depth import last_layers
 from jaxslm.model.head import label_rows, vocab_rows
 from jaxslm.model.layout import SharedPrefix
 from jaxslm.prompt import Prompt
 from jaxslm.train.losses import list_softmax
-from jaxslm.train.start import last_layers
 from jaxslm.train.step import EveryToken
 
 POOLED_NORM = 3.0

@@ -26,6 +26,7 @@ from jaxslm.config import CompressorConfig
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
+from jaxslm.model.depth import first_layers
 from jaxslm.score.buckets import few_buckets
 from jaxslm.score.scorer import Ranker
 from jaxslm.train.compressor_data import CompressorBatches, CompressorItems, MixedLists
@@ -41,7 +42,7 @@ from jaxslm.train.data import ranker_data
 from jaxslm.train.heldout import HeldOut
 from jaxslm.train.hosts import join_hosts
 from jaxslm.train.loop import Task, TrainResult, dtype_of, run
-from jaxslm.train.start import first_layers, load_start
+from jaxslm.train.start import load_start
 from jaxslm.train.step import make_mesh
 from jaxslm.train.teacher import Teacher, load_teacher
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxslm.config import ModelConfig
 from jaxslm.model.cost import attention_flops_per_pair, last_layer_savings, linear_flops_per_token
-from jaxslm.train.start import last_layers
+from jaxslm.model.depth import last_layers
 
 BACKWARD = 2
 """A backward pass costs twice a forward pass; recomputation and optimiser are not counted as useful."""

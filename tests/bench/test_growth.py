@@ -3,16 +3,14 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 from jaxslm.bench import growth, workloads
-from jaxslm.bench.growth import Curve, bench_growth, first_layers
-from jaxslm.bench.workloads import Workload, model_named
+from jaxslm.bench.growth import Curve, bench_growth
+from jaxslm.bench.workloads import Workload
 from jaxslm.errors import InputError
 from jaxslm.model.cost import scoring_flops
-from jaxslm.model.decoder import abstract_params
-from tests.tiny import tiny_config, tiny_params, tiny_ranker_config
+from tests.tiny import tiny_config
 
 CURVES = (
     Curve("items", "items per request", (1, 40), (Workload("short", 6, 5, 0), Workload("long", 6, 20, 0))),
@@ -55,24 +53,6 @@ def test_every_point_is_measured_and_plotted(tmp_path: Path) -> None:
     assert all(name in svg for name in ("short", "long", "items per request"))
     with pytest.raises(InputError, match="exists"):
         bench_growth("tiny", out)
-
-
-def test_the_first_layers_are_a_model() -> None:
-    config, params = model_named("tiny")
-    short, kept = first_layers(config, params, 2)
-    shapes = jax.tree.map(lambda leaf: leaf.shape, kept)
-    assert shapes == jax.tree.map(lambda leaf: leaf.shape, abstract_params(short.model))
-    assert short.model.num_layers == 2
-    with pytest.raises(InputError, match="--layers 5: the model has 3"):
-        first_layers(config, params, 5)
-
-
-def test_the_first_layers_keep_their_own_widths() -> None:
-    model = tiny_config(num_layers=3, mlp_width=(48, 32, 16), num_kv_heads=(2, 1, 2))
-    short, kept = first_layers(tiny_ranker_config(model), tiny_params(model), 2)
-    assert (short.model.mlp_width, short.model.num_kv_heads) == ((48, 32), (2, 1))
-    shapes = jax.tree.map(lambda leaf: leaf.shape, kept)
-    assert shapes == jax.tree.map(lambda leaf: leaf.shape, abstract_params(short.model))
 
 
 def test_slow_points_are_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
