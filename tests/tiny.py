@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from jaxslm.checkpoint import save_checkpoint
 from jaxslm.config import ModelConfig, PromptConfig, RankerConfig, RopeScaling
 from jaxslm.convert.export import hf_config, hf_tensors, write_hf_model
-from jaxslm.model.decoder import Params, abstract_params
+from jaxslm.model.decoder import Decoder, Params, abstract_params
+from jaxslm.model.layout import Rows
 from jaxslm.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -116,6 +119,12 @@ def tiny_params(config: ModelConfig, seed: int = 0) -> Params:
 
     params: Params = jax.tree_util.tree_map_with_path(draw, abstract_params(config))
     return params
+
+
+def every_state(decoder: Decoder, params: Params, tokens_BT: Array) -> Array:
+    """Returns the final states of rows without padding [B, T, D], in one program."""
+    layout = Rows(jnp.ones(tokens_BT.shape, bool), last_only=False)
+    return jax.jit(lambda params, tokens: decoder.apply({"params": params}, tokens, layout))(params, tokens_BT)
 
 
 def tiny_ranker_config(model: ModelConfig | None = None, **prompt: Any) -> RankerConfig:

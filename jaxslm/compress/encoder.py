@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxslm.checkpoint import Checkpoint, Manifest, Tree, load_checkpoint, load_manifest
 from jaxslm.compress.pooling import pool, segments
@@ -28,7 +28,7 @@ from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.items.record import RecordIdentity
 from jaxslm.model.decoder import Decoder, Params
-from jaxslm.model.layout import Rows
+from jaxslm.model.layout import EveryToken
 from jaxslm.prompt import text_tokenizer
 
 COMPRESSOR = "compressor"
@@ -66,14 +66,26 @@ def _text(item: str | Item) -> str:
 
 def pooled_states(
     decoder: Decoder,
+    prefix_ids: Sequence[int],
     params: Params,
     tokens_BT: Int[Array, "B T"],
     valid_BT: Bool[Array, "B T"],
     segments_BC2: Int[Array, "B C 2"],
 ) -> Float[Array, "B C E"]:
-    """Returns the mean final state of each segment of each item, float32; `params` are the encoder's."""
-    states_BTE = jnp.asarray(decoder.apply({"params": params}, tokens_BT, Rows(valid_BT, last_only=False)))
-    return pool(states_BTE, segments_BC2)
+    """Returns the mean final state of each segment of each item behind the prefix, float32.
+
+    The prefix is read once for all items.
+
+    Args:
+        params: the decoder's. valid_BT: real tokens, which come first. segments_BC2: places in the items' rows.
+    """
+    (B, T), P = tokens_BT.shape, len(prefix_ids)
+    M = P + B * T
+    tokens_M = jnp.concatenate([jnp.array(prefix_ids, tokens_BT.dtype), tokens_BT.reshape(-1)])
+    prefix_1P = jnp.arange(P)[None] if P else jnp.full((1, 1), M)
+    items_BT = jnp.where(valid_BT, P + jnp.arange(B * T).reshape(B, T), M)
+    states_ME = jnp.asarray(decoder.apply({"params": params}, tokens_M, EveryToken(prefix_1P, items_BT[None], M)))
+    return pool(states_ME[P:].reshape(B, T, -1), segments_BC2)
 
 
 TokenRow = Sequence[int] | Int[np.ndarray, " _"]
@@ -96,7 +108,7 @@ class VectorEncoder:
         self._tokens_per_pass = 1024 if on_cpu else 32768
         self._tokenizer = ItemTokenizer(tokenizer_json)
         self._lengths = [*(length for length in LENGTHS if length < config.max_item_tokens), config.max_item_tokens]
-        self._states = jax.jit(partial(pooled_states, Decoder(config.encoder, self._dtype)))
+        self._states = jax.jit(partial(pooled_states, Decoder(config.encoder, self._dtype), config.prefix_ids))
         self._project = jax.jit(partial(project, config))
         self.load(params)
 
@@ -125,7 +137,7 @@ class VectorEncoder:
     def pass_shape(self, tokens: int) -> tuple[int, int]:
         """Returns (rows, length) of the pass that encodes an item of so many tokens; the prefix is not counted."""
         length = self._lengths[int(np.searchsorted(self._lengths, min(tokens, self.config.max_item_tokens)))]
-        return max(1, self._tokens_per_pass // (len(self.config.prefix_ids) + length)), length
+        return max(1, (self._tokens_per_pass - len(self.config.prefix_ids)) // length), length
 
     def encode(self, items: Sequence[str | Item], k: int) -> Float32[np.ndarray, "n k D"]:
         """Returns the k embedding tokens of each item.
@@ -169,10 +181,10 @@ class VectorEncoder:
             members = np.flatnonzero(classes == number)
             for start in range(0, len(members), rows):
                 chosen = members[start : start + rows]
-                batch = pad_items([ids[place][:limit] for place in chosen], rows, length, self.config.prefix_ids)
+                batch = pad_items([ids[place][:limit] for place in chosen], rows, length)
                 counts = np.ones(rows, np.int64)
                 counts[: len(chosen)] = lengths[chosen]
-                places = np.concatenate([item_segments(self.config, counts, k) for k in ks], axis=1)
+                places = np.concatenate([segments(counts, k, self.config.pooling) for k in ks], axis=1)
                 queued.append((chosen, encode(*batch, places)))
         for chosen, result in queued:
             vectors[chosen] = np.asarray(result)[: len(chosen)]
@@ -189,22 +201,12 @@ class ItemEncoder(VectorEncoder):
         self.identity = identity_of(checkpoint.manifest)
 
 
-def pad_items(
-    ids: Sequence[TokenRow], rows: int, length: int, prefix_ids: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens int32 and valid bool, both [rows, P + length], of items of at most `length` tokens behind P."""
-    first = len(prefix_ids)
-    tokens, valid = np.zeros((rows, first + length), np.int32), np.zeros((rows, first + length), bool)
+def pad_items(ids: Sequence[TokenRow], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens int32 and valid bool, both [rows, length], of items of at most `length` tokens."""
+    tokens, valid = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
     for row, each in enumerate(ids):
-        tokens[row, :first], tokens[row, first : first + len(each)] = prefix_ids, each
-        valid[row, : first + len(each)] = True
+        tokens[row, : len(each)], valid[row, : len(each)] = each, True
     return tokens, valid
-
-
-def item_segments(config: CompressorConfig, lengths: Int[np.ndarray, " n"], k: int) -> Int32[np.ndarray, "n k 2"]:
-    """Returns `segments` of items of so many tokens, as places in the rows of `pad_items`."""
-    places: np.ndarray = segments(lengths, k, config.pooling) + np.int32(len(config.prefix_ids))
-    return places
 
 
 def encoder_tokenizer_json(tokenizer_files: Mapping[str, bytes], config: CompressorConfig) -> str:

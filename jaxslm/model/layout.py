@@ -262,6 +262,22 @@ class SharedPrefix:
         return jnp.moveaxis(jnp.take(x, self._items_RJT, axis=0, mode="clip"), 3, 1)
 
 
+class EveryToken(SharedPrefix):
+    """The same rows, with every token read: [M, ...] -> [M, ...]."""
+
+    def read_last(self, x: Array) -> Array:
+        """[M, ...] -> [R, J, ...]: the last token of each item."""
+        return super().read(x)
+
+    def read(self, x: Array) -> Array:
+        """Every token."""
+        return x
+
+    def attend_read(self, q: Array, k: Array, v: Array) -> Array:
+        """Every token sees what it sees in the other layers."""
+        return self.attend(q, k, v)
+
+
 QUERY_BLOCK = 128
 """Queries of a causal product are cut into blocks of at most this many, so that keys above the diagonal are skipped."""
 

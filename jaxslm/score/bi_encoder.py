@@ -1,16 +1,17 @@
 """The bi-encoder that a contrastively trained decoder is: texts as mean states, relevance as their cosine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Float32
 
+from jaxslm.compress.encoder import pad_items, pooled_states
 from jaxslm.config import ModelConfig
 from jaxslm.data_files import Item
 from jaxslm.model.decoder import Decoder, Params
-from jaxslm.model.layout import Rows
 from jaxslm.prompt import Prompt
 
 # So many items are encoded together, or as many as make so many tokens: a query often brings only a dozen new items,
@@ -22,23 +23,6 @@ _STEP = 16
 _QUERY_STEP = 64
 
 
-def mean_states(
-    decoder: Decoder,
-    params: Params,
-    tokens_BT: Int[Array, "B T"],
-    valid_BT: Bool[Array, "B T"],
-    pooled_BT: Bool[Array, "B T"],
-) -> Float[Array, "B D"]:
-    """Returns the mean of each row's normed final states over its pooled tokens, float32; 0 for a row without any.
-
-    Args:
-        valid_BT: real tokens. pooled_BT: those of them that the mean is over.
-    """
-    states_BTD = jnp.asarray(decoder.apply({"params": params}, tokens_BT, Rows(valid_BT, last_only=False)))
-    total_BD = jnp.einsum("BTD,BT->BD", states_BTD.astype(jnp.float32), pooled_BT.astype(jnp.float32))
-    return total_BD / jnp.maximum(jnp.sum(pooled_BT, axis=1, keepdims=True), 1)
-
-
 class BiEncoder:
     """Scores items by the cosine of mean states, as the contrastive stage sees texts. Items are encoded once.
 
@@ -48,10 +32,12 @@ class BiEncoder:
     def __init__(self, config: ModelConfig, prompt: Prompt, dtype: jnp.dtype, *, max_item_tokens: int) -> None:
         """Args: dtype: compute dtype. max_item_tokens: longer texts lose their end."""
         self._prompt, self._max_item_tokens = prompt, max_item_tokens
-        self._longest = -(-(len(prompt.item_prefix_ids) + max_item_tokens + 1) // _STEP) * _STEP
-        self._rows = max(1, min(_ROWS, _TOKENS // self._longest))
+        prefix, after_item = prompt.item_prefix_ids, prompt.words_around[1] - len(prompt.suffix_ids)
+        self._longest = -(-(max_item_tokens + after_item) // _STEP) * _STEP
+        self._rows = max(1, min(_ROWS, (_TOKENS - len(prefix)) // self._longest))
         decoder = Decoder(config, dtype)
-        self._pool = jax.jit(lambda params, tokens, valid, pooled: mean_states(decoder, params, tokens, valid, pooled))
+        self._of_items = jax.jit(partial(pooled_states, decoder, prefix))
+        self._of_query = jax.jit(partial(pooled_states, decoder, ()))
         self._items: dict[str, np.ndarray] = {}
         self._params: Params = {}
 
@@ -70,22 +56,20 @@ class BiEncoder:
         if new:
             suffix = len(self._prompt.suffix_ids)
             encoded = self._prompt.encode(self._prompt.config.instruction, new, self._max_item_tokens).item_ids
-            prefix = self._prompt.item_prefix_ids
-            rows = [prefix + ids[:-suffix] for ids in encoded]
+            ids = [each[:-suffix] for each in encoded]
             for start in range(0, len(new), self._rows):
                 part = slice(start, start + self._rows)
-                states = self._encode(rows[part], len(prefix), self._rows, self._longest)
+                states = self._mean_states(self._of_items, ids[part], 0, self._rows, self._longest)
                 self._items |= {item.id: state for item, state in zip(new[part], states, strict=True)}
         longest = -(-len(query_ids) // _QUERY_STEP) * _QUERY_STEP
-        query_D = self._encode([query_ids], self._prompt.query_from % len(query_ids), 1, longest)[0]
+        first = self._prompt.query_from % len(query_ids)
+        query_D = self._mean_states(self._of_query, [query_ids], first, 1, longest)[0]
         return np.stack([self._items[item.id] for item in items]) @ query_D
 
-    def _encode(self, ids: Sequence[Sequence[int]], skipped: int, rows: int, longest: int) -> np.ndarray:
+    def _mean_states(
+        self, states_of: Callable[..., Array], ids: Sequence[Sequence[int]], first: int, rows: int, longest: int
+    ) -> np.ndarray:
         """Returns unit vectors [len(ids), D], computed as [rows, longest]; the mean leaves out the first tokens."""
-        tokens, valid = np.zeros((rows, longest), np.int32), np.zeros((rows, longest), bool)
-        for row, row_ids in enumerate(ids):
-            tokens[row, : len(row_ids)], valid[row, : len(row_ids)] = row_ids, True
-        pooled = valid.copy()
-        pooled[:, :skipped] = False
-        states = np.asarray(self._pool(self._params, tokens, valid, pooled))[: len(ids)]
+        places = np.array([[[first, len(each)]] for each in ids] + [[[0, 1]]] * (rows - len(ids)), np.int32)
+        states = np.asarray(states_of(self._params, *pad_items(ids, rows, longest), places))[: len(ids), 0]
         return states / np.linalg.norm(states, axis=1, keepdims=True)

@@ -30,10 +30,9 @@ from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.depth import last_layers
 from jaxslm.model.head import label_rows, vocab_rows
-from jaxslm.model.layout import SharedPrefix
+from jaxslm.model.layout import EveryToken, SharedPrefix
 from jaxslm.prompt import Prompt
 from jaxslm.train.losses import list_softmax
-from jaxslm.train.step import EveryToken
 
 POOLED_NORM = 3.0
 """Norm of each pooled vector as a multiple of the answer's own state, which then hardly changes the product."""

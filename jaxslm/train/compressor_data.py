@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxslm.compress.encoder import ItemTokenizer, item_segments, pad_items
+from jaxslm.compress.encoder import ItemTokenizer, pad_items
+from jaxslm.compress.pooling import segments
 from jaxslm.compress.splice import MixedPrompt, text_of
 from jaxslm.config import CompressorConfig
 from jaxslm.prompt import Prompt
@@ -91,9 +92,9 @@ class CompressorItems:
         if self.pooled is not None:
             return {"pooled": self.pooled[k][np.maximum(rows, 0)]}
         ids = [self.ids[row] if row >= 0 else self.ids[0][:0] for row in rows.tolist()]
-        tokens, valid = pad_items(ids, len(rows), config.max_item_tokens, config.prefix_ids)
+        tokens, valid = pad_items(ids, len(rows), config.max_item_tokens)
         lengths = np.maximum([len(each) for each in ids], 1)
-        return {"item_tokens": tokens, "item_valid": valid, "segments": item_segments(config, lengths, k)}
+        return {"item_tokens": tokens, "item_valid": valid, "segments": segments(lengths, k, config.pooling)}
 
 
 class MixedLists:

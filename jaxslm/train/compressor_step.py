@@ -62,7 +62,9 @@ def mixed_states(models: Models, params: Params, batch: Batch, mesh: Mesh, *, ev
         tokens, prefix, items = (part[name] for name in MIXED)
         R, J, _ = items.shape
         inputs = [part[name] for name in encoded]
-        pooled = inputs[0] if "pooled" in part else pooled_states(models.encoder, params["encoder"], *inputs)
+        pooled = inputs[0]
+        if "pooled" not in part:
+            pooled = pooled_states(models.encoder, models.compressor.prefix_ids, params["encoder"], *inputs)
         vectors = project(models.compressor, params["projector"], pooled)
         # Rounding has no gradient: the vectors get that of what was stored.
         vectors += part["noise"] * jax.lax.stop_gradient(rounded_to_int8(vectors) - vectors)
@@ -145,7 +147,9 @@ def compressor_work(models: Models, batch: Mapping[str, np.ndarray]) -> tuple[in
         tokens, flops = tokens + read, flops + forward_and_backward // (1 + BACKWARD)
     if "item_valid" in batch:
         lengths = np.sum(batch["item_valid"], axis=-1, dtype=np.int64)
-        encoded, pairs = int(lengths.sum()), int(np.sum(lengths * (lengths + 1) // 2))
+        before, devices = len(models.compressor.prefix_ids), len(lengths)
+        encoded = int(lengths.sum()) + devices * before
+        pairs = int(np.sum(lengths * (before + (lengths + 1) / 2))) + devices * before * (before + 1) // 2
         forward = linear_flops_per_token(encoder) * encoded + attention_flops_per_pair(encoder) * pairs
         tokens, flops = tokens + encoded, flops + (1 if "warm_up" in batch else 1 + BACKWARD) * forward
     return tokens, flops

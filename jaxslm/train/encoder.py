@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool
 from jaxslm.config import RankerConfig
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_rows, log_odds
+from jaxslm.model.layout import EveryToken
 from jaxslm.score.bi_encoder import BiEncoder
 from jaxslm.train.data import pair_batches
 from jaxslm.train.heldout import HeldOut
@@ -33,7 +34,6 @@ from jaxslm.train.start import load_start
 from jaxslm.train.step import (
     DATA,
     Batch,
-    EveryToken,
     LossFn,
     gather,
     make_mesh,

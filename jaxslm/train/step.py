@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxslm.model.decoder import Decoder, Params
-from jaxslm.model.layout import SharedPrefix
+from jaxslm.model.layout import EveryToken, SharedPrefix
 from jaxslm.train.partition import LABEL_ROWS, Frozen
 from jaxslm.train.settings import OptimiserSettings
 
@@ -160,22 +160,6 @@ def gather(params: Params, dtype: DTypeLike, mesh: Mesh) -> Params:
     return jax.tree.map(
         lambda leaf: jax.lax.with_sharding_constraint(leaf.astype(dtype) if leaf.ndim > 1 else leaf, whole), params
     )
-
-
-class EveryToken(SharedPrefix):
-    """The same rows, with every token read: [M, ...] -> [M, ...]."""
-
-    def read_last(self, x: Array) -> Array:
-        """[M, ...] -> [R, J, ...]: the last token of each item."""
-        return super().read(x)
-
-    def read(self, x: Array) -> Array:
-        """Every token."""
-        return x
-
-    def attend_read(self, q: Array, k: Array, v: Array) -> Array:
-        """Every token sees what it sees in the other layers."""
-        return self.attend(q, k, v)
 
 
 class ItemStates(NamedTuple):

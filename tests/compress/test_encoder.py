@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,10 +18,9 @@ from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.items.record import RecordIdentity
 from jaxslm.model.decoder import Decoder
-from jaxslm.score.bi_encoder import mean_states
 from jaxslm.score.warmup import compilations
 from tests.compress.tiny_compressor import compressor_checkpoint, compressor_config
-from tests.tiny import tiny_checkpoint, tiny_config
+from tests.tiny import every_state, tiny_checkpoint, tiny_config
 
 TEXTS = ["python developer", "nurse", "a job in the north, é " * 3, "welder and baker " * 9, "x"]
 
@@ -130,7 +128,7 @@ def test_a_k_that_was_not_trained_is_refused(encoder: ItemEncoder) -> None:
 
 
 def test_an_item_is_read_behind_the_prefix_and_pooled_without_it(tmp_path: Path) -> None:
-    """With one vector an item's pooled state is its state as the bi-encoder takes it, but for the prompt's newline."""
+    """With one vector an item's pooled state is the mean of its own states in the row prefix + item."""
     prompt = load_checkpoint(compressor_checkpoint(tmp_path / "bare")).prompt
     before = tuple(prompt.item_prefix_ids)
     loaded = load_checkpoint(compressor_checkpoint(tmp_path / "ckpt", prefix_ids=before), extra=[COMPRESSOR])
@@ -139,9 +137,8 @@ def test_an_item_is_read_behind_the_prefix_and_pooled_without_it(tmp_path: Path)
     pooled, cut = encoder.pooled(ids), [each[:40] for each in ids]
     for number, each in enumerate(cut):
         row = jnp.array([[*before, *each]])
-        valid, own = jnp.ones(row.shape, bool), jnp.arange(row.size)[None] >= len(before)
-        wanted = jax.jit(mean_states, static_argnums=0)(decoder, loaded.extra[COMPRESSOR]["encoder"], row, valid, own)
-        np.testing.assert_allclose(pooled[1][number], wanted, atol=1e-5)
+        states = every_state(decoder, loaded.extra[COMPRESSOR]["encoder"], row)
+        np.testing.assert_allclose(pooled[1][number, 0], states[0, len(before) :].mean(axis=0), atol=1e-5)
     bare = load_encoder(tmp_path / "bare").pooled(ids)
     assert not np.allclose(bare[1], pooled[1], atol=1e-3)
     together = encoder.encode(TEXTS, 2)

@@ -1,8 +1,5 @@
 """The bi-encoder: what it pools, and that no score depends on company."""
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,22 +9,28 @@ from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder
 from jaxslm.prompt import Prompt
 from jaxslm.score import bi_encoder
-from jaxslm.score.bi_encoder import BiEncoder, mean_states
-from tests.tiny import tiny_config, tiny_params, tiny_ranker_config, tiny_tokenizer_json
+from jaxslm.score.bi_encoder import BiEncoder
+from tests.tiny import every_state, tiny_config, tiny_params, tiny_ranker_config, tiny_tokenizer_json
 
 CONFIG = tiny_ranker_config(tiny_config("llama", num_layers=1))
 PROMPT = Prompt(tiny_tokenizer_json(), CONFIG.prompt)
 
 
-def test_states_are_averaged_over_the_pooled_tokens_alone() -> None:
-    params, states = tiny_params(CONFIG.model), jax.jit(partial(mean_states, Decoder(CONFIG.model)))
-    pooled = jnp.asarray([[False, True, True]])
-    alone = states(params, jnp.asarray([[5, 6, 7]]), jnp.ones((1, 3), bool), pooled)
-    valid = jnp.asarray([[True, False, True, True, False], [False] * 5])
-    pooled = valid.at[0, 0].set(False)
-    padded = states(params, jnp.asarray([[5, 9, 6, 7, 9], [1] * 5]), valid, pooled)
-    np.testing.assert_allclose(padded[0], alone[0], atol=1e-5)
-    np.testing.assert_array_equal(padded[1], 0)
+def test_a_score_is_the_cosine_of_mean_states() -> None:
+    """Means are over a text's own tokens in a row by itself: the item's with the newline, the query's question."""
+    params, decoder = tiny_params(CONFIG.model), Decoder(CONFIG.model)
+    item = Item(id="a", text="welder and baker", title="job")
+    query, before = PROMPT.encode_query("python"), PROMPT.item_prefix_ids
+    item_ids = PROMPT.encode("python", [item]).item_ids[0][: -len(PROMPT.suffix_ids)]
+
+    def unit(ids: list[int], first: int) -> np.ndarray:
+        mean = np.asarray(every_state(decoder, params, jnp.array([ids])))[0, first:].mean(axis=0)
+        return mean / np.linalg.norm(mean)
+
+    scorer = BiEncoder(CONFIG.model, PROMPT, jnp.dtype("float32"), max_item_tokens=30)
+    scorer.load(params)
+    wanted = unit(query, PROMPT.query_from) @ unit([*before, *item_ids], len(before))
+    np.testing.assert_allclose(scorer.score("python", [item]), [wanted], atol=1e-5)
 
 
 def test_a_bi_encoder_scores_an_item_the_same_in_any_company() -> None:
