@@ -16,7 +16,9 @@ from jaxslm.checkpoint import Checkpoint, load_checkpoint
 from jaxslm.config import ModelConfig
 from jaxslm.convert.hf import NAMES
 from jaxslm.convert.tensors import is_matrix
+from jaxslm.convert.uniform import fill_up
 from jaxslm.errors import InputError
+from jaxslm.model.cost import count_parameters
 from jaxslm.model.decoder import Params
 from jaxslm.model.head import label_rows
 
@@ -52,7 +54,8 @@ def export_hf(checkpoint: Path, out: Path, *, classifier: bool = False) -> dict[
     """Writes a checkpoint as a Hugging Face folder: config, safetensors, tokenizer and a card that states the prompt.
 
     Values and dtype of the parameters are kept, so `jaxslm convert` gives them back bit for bit. (The card's prompt is
-    for people: `convert` is told the prompt by its options.)
+    for people: `convert` is told the prompt by its options.) A Hugging Face config has one width for all layers: where
+    pruning left several, narrower layers are filled up with zeros.
 
     Args:
         classifier: for `AutoModelForSequenceClassification` with one label, whose logit is z_yes - z_no after the last
@@ -62,19 +65,20 @@ def export_hf(checkpoint: Path, out: Path, *, classifier: bool = False) -> dict[
         What was written, as the command line prints it.
 
     Raises:
-        InputError: `out` exists or cannot be written, the checkpoint cannot be loaded, its widths differ between
-            layers, or (for a classifier) no token can serve as padding. Nothing is left behind.
+        InputError: `out` exists or cannot be written, the checkpoint cannot be loaded, or (for a classifier) no token
+            can serve as padding. Nothing is left behind.
     """
     refuse_existing(out)
     loaded = load_checkpoint(checkpoint)
-    config = hf_config(loaded.config.model, loaded.manifest.params_dtype, classifier=classifier)
+    model, params = fill_up(loaded.config.model, loaded.params)
+    config = hf_config(model, loaded.manifest.params_dtype, classifier=classifier)
     tokens = _Tokens(loaded)
     if classifier:
         tokens.choose_padding()
     config |= {f"{role}_token_id": number for role, number in tokens.ids.items()}
-    tensors = hf_tensors(loaded.params)
+    tensors = hf_tensors(params)
     if classifier:
-        tensors = classifier_tensors(tensors, loaded.params, loaded.config.label_token_ids)
+        tensors = classifier_tensors(tensors, params, loaded.config.label_token_ids)
     with new_folder(out) as folder:
         try:
             write_hf_model(folder, config, tensors)
@@ -89,6 +93,7 @@ def export_hf(checkpoint: Path, out: Path, *, classifier: bool = False) -> dict[
         "architecture": config["architectures"][0],
         "dtype": loaded.manifest.params_dtype,
         "parameters": sum(tensor.size for tensor in tensors.values()),
+        "zeros_added": count_parameters(model).total - count_parameters(loaded.config.model).total,
         "params_sha256": loaded.manifest.params_sha256,
     }
 
@@ -114,8 +119,8 @@ def hf_config(config: ModelConfig, dtype: str = "float32", *, classifier: bool =
     for name, widths in (("mlp_width", config.mlp_width_by_layer), ("num_kv_heads", config.kv_heads_by_layer)):
         if len(set(widths)) != 1:
             raise InputError(
-                f"export: {name} differs between layers ({', '.join(map(str, widths))}), and a Hugging Face config has"
-                " one number for all layers: prune to uniform widths"
+                f"{name} differs between layers ({', '.join(map(str, widths))}), and a Hugging Face config has one"
+                " number for all layers"
             )
     K = config.kv_heads_by_layer[0]
     scaling = {}
