@@ -17,18 +17,22 @@ from jaxslm.model.decoder import Params
 from jaxslm.prune.calibrate import Calibration, embed, gather_statistics, layer_functions
 from jaxslm.prune.osscar import damped, removal_losses
 
+TOKENS = 8192
+"""Calibration tokens that the widths are chosen by, at most; the fit has more to find."""
+
 
 def widths_by_layer(
     config: ModelConfig, params: Params, calibration: Calibration, keep: int, multiple: int
 ) -> tuple[int, ...]:
     """Returns how many neurons each layer keeps: multiples of `multiple`, `keep` times the number of layers in all.
 
-    Losses are those of the dense model's layers, each pruned alone, after the survivors are re-fitted. Cost: one
-    forward pass over the calibration tokens and one OSSCAR removal per layer.
+    Losses are those of the dense model's layers, each pruned alone, after the survivors are re-fitted. Cost: a forward
+    pass over the first calibration tokens and one OSSCAR removal per layer.
 
     Args:
         keep: at most what layers have on average, in whole multiples. multiple: divides `keep`.
     """
+    calibration = calibration.first(TOKENS)
     states, shares = embed(params, calibration), []
     for layer, width in enumerate(config.mlp_width_by_layer):
         functions, weights = layer_functions(config, layer), params[f"layers_{layer}"]

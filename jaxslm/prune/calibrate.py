@@ -6,7 +6,7 @@ O(F^2) for the layer at hand and tokens x D for the states between layers.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,12 @@ class Calibration:
     tokens: int
     text_tokens: int
     sha256: str
+
+    def first(self, max_tokens: int) -> "Calibration":
+        """Returns the first batches, as many as have `max_tokens` tokens in all, for statistics; one at least."""
+        ends = np.cumsum([forward.real_tokens for forward in self.forwards])
+        count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
+        return replace(self, forwards=self.forwards[:count], tokens=int(ends[count - 1]))
 
     def batches(self) -> Iterator[Batch]:
         """Yields {"tokens" [M], "prefix" [R, P], "items" [R, J, T], "real" bool [M]} of each batch, on the device."""

@@ -54,6 +54,7 @@ class FullSizeSettings(QuickstartSettings):
     )
     compressor: Overrides = ()
     mlp_keep: Positive = 768
+    by_layer: bool = False  # the kernels are tuned for one width
     drop_layers: int = 6
     depth_criterion: DepthCriterion = "keep-last-1"
     calibration_tokens: int = 65_536

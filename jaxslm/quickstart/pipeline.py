@@ -235,6 +235,7 @@ class Pipeline:
         chosen = self._settings
         settings = PruneSettings(
             mlp_keep=chosen.mlp_keep,
+            by_layer=chosen.by_layer,
             drop_layers=chosen.drop_layers,
             depth_criterion=chosen.depth_criterion,
             width_multiple=chosen.width_multiple,

@@ -42,15 +42,15 @@ class QuickstartSettings(Settings):
         recipe: the configs. encoder, ranker, recover, compressor: `a.b=value` overrides of them. The defaults shorten
             them to what fits into minutes: few updates, and for the compressor two ks and no reading of text beside
             its vectors but the teacher's.
-        mlp_keep, drop_layers, depth_criterion, width_multiple, calibration_tokens: of `jaxslm prune`.
+        mlp_keep, by_layer, drop_layers, depth_criterion, width_multiple, calibration_tokens: of `jaxslm prune`.
     """
 
     recipe: RecipeSettings = RecipeSettings()
     encoder: Overrides = ("steps=56",)
     ranker: Overrides = ("steps=15", "save_every=15")
     recover: Overrides = (
-        "steps=10",
-        "save_every=10",
+        "steps=6",
+        "save_every=6",
         "optimiser.learning_rate=3e-5",
         "optimiser.warmup_steps=2",
     )
@@ -65,6 +65,7 @@ class QuickstartSettings(Settings):
         "optimiser.warmup_steps=5",
     )
     mlp_keep: Positive = 1024
+    by_layer: bool = True
     drop_layers: Annotated[int, Field(ge=0)] = 0
     depth_criterion: DepthCriterion = "last"
     width_multiple: Positive = 128

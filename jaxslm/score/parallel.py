@@ -38,10 +38,18 @@ def device_name() -> str:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return device.device_kind
+    return f"{_of_processor('model name') or platform.machine()}, {os.cpu_count()} cores"
+
+
+def processor_features() -> frozenset[str]:
+    """Returns what the host's processor can do, in Linux's words ("avx2", "avx512f"); empty where that is unknown."""
+    return frozenset(_of_processor("flags").split())
+
+
+def _of_processor(name: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def _mesh(devices: Sequence[jax.Device]) -> Mesh:

@@ -17,11 +17,10 @@ from jaxslm.compress.splice import splice
 from jaxslm.config import CompressorConfig, RankerConfig
 from jaxslm.model.cost import attention_flops_per_pair, linear_flops_per_token
 from jaxslm.model.decoder import Decoder, Params
-from jaxslm.model.head import label_rows
 from jaxslm.train import losses
 from jaxslm.train.compressor_data import MIXED, TEXT
 from jaxslm.train.compressor_settings import CompressorLosses, CompressorTraining
-from jaxslm.train.partition import LABEL_ROWS, TABLES, Frozen, Partition, join_params, split_params
+from jaxslm.train.partition import LABEL_ROWS, TABLES, Frozen, Partition, head_rows, join_params, split_params
 from jaxslm.train.ranker import list_log_odds, lists, ranking_terms, weighted_sum
 from jaxslm.train.speed import BACKWARD, ranker_work
 from jaxslm.train.step import DATA, Batch, ItemStates, LossFn, decode_items, gather, item_states, learning_rates
@@ -88,9 +87,10 @@ def compressor_loss(
 
     def loss_fn(trainable: Params, frozen: Frozen, batch: Batch) -> tuple[Array, dict[str, Array]]:
         params = gather(partition.join(trainable, frozen["tables"]), models.ranker.dtype, mesh)
+        rows_2D = head_rows(trainable.get("ranker", {}), params["ranker"], models.config)
         if "warm_up" in batch:
             params |= jax.lax.stop_gradient({name: params[name] for name in ("ranker", "encoder")})
-        rows_2D = label_rows(params["ranker"], models.config.label_token_ids)
+            rows_2D = jax.lax.stop_gradient(rows_2D)
         taught = teacher.states(frozen["teacher"], batch) if teacher is not None else None
         every = weights.mean_state > 0
         on_vectors = MIXED[0] in batch

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxslm.config import RankerConfig
 from jaxslm.model.decoder import Params
-from jaxslm.model.head import vocab_rows
+from jaxslm.model.head import label_rows, vocab_rows
 
 TABLES = ("embedding", "head")
 LABEL_ROWS = "label_rows"
@@ -56,10 +58,21 @@ def partition_of(config: RankerConfig, *, freeze_embeddings: bool, train_layers:
 
 
 def join_params(trainable: Params, tables: Params, config: RankerConfig) -> Params:
-    """Returns the whole tree: what is frozen, with the trained label rows in their places."""
+    """Returns the whole tree: what is frozen, with the trained label rows in their places.
+
+    These carry no gradient: where the tables are tied, the few label words among the inputs would draw one through
+    every layer, for nothing that training needs. `head_rows` have it.
+    """
     if not tables:
         return trainable
     joined = {name: leaf for name, leaf in trainable.items() if name != LABEL_ROWS} | tables
     table = "embedding" if config.model.tie_embeddings else "head"
-    joined[table] = joined[table].at[jnp.asarray(config.label_token_ids)].set(trainable[LABEL_ROWS])
+    joined[table] = (
+        joined[table].at[jnp.asarray(config.label_token_ids)].set(jax.lax.stop_gradient(trainable[LABEL_ROWS]))
+    )
     return joined
+
+
+def head_rows(trainable: Params, params: Params, config: RankerConfig) -> Float[Array, "2 D"]:
+    """Returns the head rows of (no, yes) of joined parameters in float32, with their gradient."""
+    return trainable[LABEL_ROWS] if LABEL_ROWS in trainable else label_rows(params, config.label_token_ids)

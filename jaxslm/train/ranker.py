@@ -12,7 +12,7 @@ from jaxtyping import Array
 from jaxslm.checkpoint import Checkpoint
 from jaxslm.config import RankerConfig
 from jaxslm.model.decoder import Decoder, Params
-from jaxslm.model.head import label_rows, log_odds
+from jaxslm.model.head import log_odds
 from jaxslm.progress import console
 from jaxslm.score.buckets import few_buckets
 from jaxslm.score.scorer import Ranker
@@ -22,7 +22,7 @@ from jaxslm.train.data import ranker_batches, ranker_data
 from jaxslm.train.heldout import HeldOut
 from jaxslm.train.hosts import join_hosts
 from jaxslm.train.loop import Task, TrainResult, dtype_of, run, saver
-from jaxslm.train.partition import Frozen, join_params, partition_of
+from jaxslm.train.partition import Frozen, head_rows, join_params, partition_of
 from jaxslm.train.settings import LossWeights, RankerLosses, RankerTraining
 from jaxslm.train.sources import TrainingData
 from jaxslm.train.speed import ranker_work
@@ -52,7 +52,7 @@ def ranker_loss(
         every = taught_every or weights.mean_state > 0
         states = item_states(decoder, gather(params, decoder.dtype, mesh), batch, mesh, every=every)
         taught = teacher.states(frozen["teacher"], batch, every=taught_every) if teacher is not None else None
-        terms = ranking_terms(states, label_rows(params, config.label_token_ids), batch, weights, taught)
+        terms = ranking_terms(states, head_rows(trainable, params, config), batch, weights, taught)
         if taught is not None and states.every is not None and taught[0].every is not None:
             terms["every_state"] = losses.hidden_cosine(states.every, taught[0].every, jax.vmap(_real_tokens)(batch))
         return weighted_sum(terms, weights), terms

@@ -234,7 +234,7 @@ def read_training_data(settings: SourceSettings, encoder: Encoder) -> TrainingDa
     length = 0
     for query in _checked_queries(settings, catalogue):
         length += 1
-        digest.update(repr(query).encode())
+        digest.update(query.model_dump_json().encode())
         judged_rows[[catalogue.row_of[judged.id] for judged in query.items]] = True
         if not settings.streaming:
             kept.append(encode_query(query, catalogue, encoder, settings.queries))

@@ -73,6 +73,16 @@ def test_shared_prefixes_count_once(tmp_path: Path) -> None:
     assert calibration.sizes == (2,)
 
 
+def test_the_first_batches_are_as_many_as_have_so_many_tokens(tmp_path: Path) -> None:
+    write_requests(tmp_path / "many.jsonl", requests=120)
+    calibration = read_calibration(tmp_path / "many.jsonl", None, prompt(), max_tokens=100_000)
+    real = [forward.real_tokens for forward in calibration.forwards]
+    assert len(real) > 2
+    for wanted, batches in ((1, 1), (sum(real[:2]), 2), (sum(real[:3]) - 1, 2), (10**9, len(real))):
+        part = calibration.first(wanted)
+        assert (len(part.forwards), part.tokens) == (batches, sum(real[:batches]))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "llama-three-queries-per-kv"])
 def test_pruned_parameters_are_the_smaller_model(tmp_path: Path, name: str) -> None:
     """Removed rows of re-fitted projections are zero, so the masks change nothing any more; shrunk = pruned."""

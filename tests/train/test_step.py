@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jaxslm.model.decoder import Decoder
 from jaxslm.model.head import label_rows, log_odds
 from jaxslm.model.layout import Rows
-from jaxslm.train import losses
+from jaxslm.train import losses, step
 from jaxslm.train.encoder import ROLE, encoder_loss
 from jaxslm.train.partition import LABEL_ROWS, join_params, split_params
 from jaxslm.train.ranker import ranker_loss
@@ -88,10 +88,10 @@ def train(
     optimiser = make_optimiser(OPTIMISER, 10)
     state = init_state(trainable, optimiser, mesh)
     frozen = {"tables": jax.device_put(tables, NamedSharding(mesh, P())), "teacher": {}}
-    step = make_step(make_loss(mesh), optimiser, mesh)
+    update = make_step(make_loss(mesh), optimiser, mesh)
     curve = []
     for part in parts:
-        state, metrics = step(state, frozen, put_batch(part, accumulate, mesh))
+        state, metrics = update(state, frozen, put_batch(part, accumulate, mesh))
         curve.append(float(metrics["loss"]))
     return curve, state
 
@@ -244,6 +244,43 @@ def test_a_loss_that_is_not_finite_leaves_the_state_alone() -> None:
     assert np.isnan(lost)
     for left, right in zip(jax.tree.leaves(after_both), jax.tree.leaves(after_good), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("kind", ["ranker", "encoder"])
+def test_a_gradient_goes_no_deeper_than_what_trains(kind: str) -> None:
+    """Of six layers one trains: six forward and two backward passes in place of 18. One down to the labels' input
+    rows, which trained label rows invite, would be of five layers more."""
+    config, mesh = tiny_ranker_config(tiny_config("llama", num_layers=6)), make_mesh(jax.devices()[:1])
+    decoder, generator = Decoder(config.model), np.random.default_rng(0)
+    if kind == "ranker":
+        loss, batch = ranker_loss(config, decoder, RankerLosses(list_softmax=1.0), mesh, None), list_batch(generator)
+    else:
+        loss, batch = encoder_loss(config, decoder, 2, 0.05, 2.0, mesh), pair_batch(generator, 8)
+    micro = {name: array[0] for name, array in put_batch([batch], 1, mesh).items()}
+    flops = []
+    for layers in (1, None):
+        trainable, tables = split_params(tiny_params(config.model), config, freeze_embeddings=True, train_layers=layers)
+        gradient = jax.jit(lambda *given: jax.grad(loss, has_aux=True)(*given)[0])
+        cost: Any = gradient.lower(trainable, {"tables": tables, "teacher": {}}, micro).compile().cost_analysis()
+        flops.append(cost["flops"])
+    assert flops[0] < 0.55 * flops[1]
+
+
+def test_trained_label_rows_have_a_gradient() -> None:
+    _, state = train(made_loss, [[list_batch(np.random.default_rng(0))]], devices=1, accumulate=1)
+    trainable, _ = split_params(tiny_params(CONFIG.model), CONFIG, freeze_embeddings=True)
+    assert np.all(np.any(np.asarray(state["params"][LABEL_ROWS]) != np.asarray(trainable[LABEL_ROWS]), axis=1))
+
+
+def test_products_are_ynnpacks_where_the_processor_is_good_at_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = make_mesh(jax.devices()[:1])
+    for features, told in (
+        ({"avx2"}, {"xla_cpu_experimental_ynn_fusion_type": ""}),
+        ({"avx2", "avx512f"}, {}),
+        ((), {}),
+    ):
+        monkeypatch.setattr(step, "processor_features", lambda features=features: frozenset(features))
+        assert step._compiler_options(mesh) == told
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
