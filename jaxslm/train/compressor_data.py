@@ -139,8 +139,8 @@ class CompressorBatches:
     """Batches by the plan of each update, for one host; see `jaxslm.train.loop.Batches`.
 
     A batch has what `ranker_batches` says, with the arrays `TEXT` only where something reads text, and, unless the
-    update is one on text, those of `MixedLists.collate`, "align", "teach" and "noise" (float32 []), and "warm_up" if
-    the projector alone is trained.
+    update is one on text, those of `MixedLists.collate`, "align", "teach", "noise" (float32 []) and "joint" (bool []:
+    whether ranker and encoder train too, a value so that one program does for both).
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class CompressorBatches:
         batch |= self._mixed.collate(chosen, plan.k)
         for name in ("align", "teach", "noise"):
             batch[name] = np.array(getattr(plan, name), np.float32)
-        return batch | {"warm_up": np.ones((), bool)} if plan.warm_up else batch
+        return batch | {"joint": np.array(not plan.warm_up)}
 
 
 def reads_text(settings: CompressorTraining) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,13 +89,13 @@ def compressor_loss(
     def loss_fn(trainable: Params, frozen: Frozen, batch: Batch) -> tuple[Array, dict[str, Array]]:
         params = gather(partition.join(trainable, frozen["tables"]), models.ranker.dtype, mesh)
         rows_2D = head_rows(trainable.get("ranker", {}), params["ranker"], models.config)
-        if "warm_up" in batch:
-            params |= jax.lax.stop_gradient({name: params[name] for name in ("ranker", "encoder")})
-            rows_2D = jax.lax.stop_gradient(rows_2D)
         taught = teacher.states(frozen["teacher"], batch) if teacher is not None else None
         every = weights.mean_state > 0
         on_vectors = MIXED[0] in batch
         if on_vectors:
+            joint = jnp.all(batch["joint"])
+            params |= trained_if(joint, {name: params[name] for name in ("ranker", "encoder")})
+            rows_2D = trained_if(joint, rows_2D)
             states = mixed_states(models, params, batch, mesh, every=every)
         else:
             states = item_states(models.ranker, params["ranker"], batch, mesh, every=every)
@@ -111,6 +112,11 @@ def compressor_loss(
         return loss, terms | {"item_tokens": jnp.float32(k)}
 
     return loss_fn
+
+
+def trained_if(condition: Array, tree: Any) -> Any:
+    """Returns the tree as it is; it gets no gradient unless the condition holds."""
+    return jax.tree.map(lambda leaf: jnp.where(condition, leaf, jax.lax.stop_gradient(leaf)), tree)
 
 
 def _alignment(
@@ -151,7 +157,7 @@ def compressor_work(models: Models, batch: Mapping[str, np.ndarray]) -> tuple[in
         encoded = int(lengths.sum()) + devices * before
         pairs = int(np.sum(lengths * (before + (lengths + 1) / 2))) + devices * before * (before + 1) // 2
         forward = linear_flops_per_token(encoder) * encoded + attention_flops_per_pair(encoder) * pairs
-        tokens, flops = tokens + encoded, flops + (1 if "warm_up" in batch else 1 + BACKWARD) * forward
+        tokens, flops = tokens + encoded, flops + (1 + BACKWARD if np.all(batch["joint"]) else 1) * forward
     return tokens, flops
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxslm.train import step
 from jaxslm.train.compressor import train_compressor
 from jaxslm.train.compressor_data import Plan, plan_of
 from jaxslm.train.compressor_settings import CompressorTraining
-from jaxslm.train.compressor_step import rounded_to_int8
+from jaxslm.train.compressor_step import rounded_to_int8, trained_if
 from jaxslm.train.loop import training_folder
 from tests.compress.tiny_compressor import compressor_checkpoint
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -235,6 +236,19 @@ def test_the_plan_of_a_run(toy: Path) -> None:
     assert [(plan.align, plan.teach) for plan in on_vectors] == [(1.0, 0.2)] * 30 + [(0.2, 1.0)] * 30
     assert [plan.noise for plan in plans[90:] if plan.k] == [True] * sum(plan.k > 0 for plan in plans[90:])
     assert not any(plan.noise for plan in plans[:90])
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_what_does_not_train_yet_has_its_values_and_no_gradient(joint: bool) -> None:
+    tree = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
+
+    @jax.jit
+    def squares(tree: dict[str, Any], joint: Any) -> Any:
+        return sum(jnp.sum(leaf**2) for leaf in trained_if(joint, tree).values())
+
+    value, gradient = jax.value_and_grad(squares)(tree, jnp.array(joint))
+    assert value == 14
+    jax.tree.map(lambda leaf, moved: np.testing.assert_array_equal(moved, 2 * leaf * joint), tree, gradient)
 
 
 def test_noise_is_what_an_int8_record_gives_back() -> None:
