@@ -112,7 +112,9 @@ def test_the_whole_run(finished: tuple[Path, dict[str, Any]]) -> None:
     page = Path(result["report"]).read_text()
     assert "compressed k=1" in page
     assert load(out / "ranker").config.model.num_layers == 3
-    assert load(out / "pruned").config.model.mlp_width == 48
+    widths = load(out / "pruned").config.model.mlp_width_by_layer
+    assert sum(widths) == 3 * 48
+    assert json.loads((out / "hf" / "config.json").read_text())["intermediate_size"] == max(widths)
 
 
 def test_quality_on_a_split_is_what_the_run_measured(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Pipeline:
             Stage(
                 "Pruning",
                 "A third of the neurons go; those that stay are fitted to what the whole ranker computed.",
-                40,
+                60,
                 self._prune,
                 self.pruned,
                 self.ranker,
