@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxslm.config import ModelConfig
 from jaxslm.model.decoder import Params
+from jaxslm.model.depth import config_of_layers
 from jaxslm.prune.masks import Masks, check_masks
 
 
@@ -16,17 +17,6 @@ def shrunk_config(config: ModelConfig, masks: Masks) -> ModelConfig:
         config,
         [int(masks.keep_kv_groups[layer].sum()) for layer in kept],
         [int(masks.keep_neurons[layer].sum()) for layer in kept],
-    )
-
-
-def config_of_layers(config: ModelConfig, kv_heads: list[int], mlp_widths: list[int]) -> ModelConfig:
-    """Returns `config` with other layers; raises ValueError as ModelConfig."""
-    return ModelConfig(
-        **config.model_dump(exclude={"num_layers", "num_kv_heads", "mlp_width", "rope_scaling"}),
-        rope_scaling=config.rope_scaling,
-        num_layers=len(mlp_widths),
-        num_kv_heads=_one_or_all(kv_heads),
-        mlp_width=_one_or_all(mlp_widths),
     )
 
 
@@ -70,7 +60,3 @@ def shrink_layer(
 def _places(groups: np.ndarray, size: int) -> np.ndarray:
     """The rows of these groups when group g has rows g * size to (g + 1) * size."""
     return (groups[:, None] * size + np.arange(size)).reshape(-1)
-
-
-def _one_or_all(values: list[int]) -> int | tuple[int, ...]:
-    return values[0] if len(set(values)) == 1 else tuple(values)
