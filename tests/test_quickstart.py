@@ -92,6 +92,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         return out, quickstart(out)
 
 
+@pytest.mark.slow
 def test_the_whole_run(finished: tuple[Path, dict[str, Any]]) -> None:
     out, result = finished
     assert result["finished"]
@@ -117,6 +118,7 @@ def test_the_whole_run(finished: tuple[Path, dict[str, Any]]) -> None:
     assert json.loads((out / "hf" / "config.json").read_text())["intermediate_size"] == max(widths)
 
 
+@pytest.mark.slow
 def test_quality_on_a_split_is_what_the_run_measured(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, result = finished
     study = runpy.run_path(str(SCRIPT))["study"]
@@ -129,6 +131,7 @@ def test_quality_on_a_split_is_what_the_run_measured(finished: tuple[Path, dict[
         assert {name: row.get(name) for name in QUALITY} == {name: measured[row["name"]].get(name) for name in QUALITY}
 
 
+@pytest.mark.slow
 def test_the_server_answers_each_kind_of_request(finished: tuple[Path, dict[str, Any]]) -> None:
     answers = [each["answer"] for each in json.loads((finished[0] / "served.json").read_text()).values()]
     texts, stored, reranked = answers
@@ -139,6 +142,7 @@ def test_the_server_answers_each_kind_of_request(finished: tuple[Path, dict[str,
     assert [each["index"] for each in reranked["results"]] == (-expected).argsort(kind="stable").tolist()
 
 
+@pytest.mark.slow
 def test_a_second_run_shows_the_report_in_seconds(
     finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +174,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [entry["step"] for line in lines if "loss" in (entry := json.loads(line))] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
@@ -179,6 +184,7 @@ def test_a_checkpoint_of_another_run_is_refused(finished: tuple[Path, dict[str, 
         quickstart(out)
 
 
+@pytest.mark.slow
 def test_damaged_results_are_named(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)

@@ -1,4 +1,4 @@
-"""From waiting requests to forward passes: one thread packs and dispatches, one waits for results.
+"""From waiting requests (`jobs`) to forward passes: one thread packs and dispatches, one waits for results.
 
 Requests wait whole, ordered by deadline. A pass takes as many of the first one's items as fit and goes on with the
 next request, so that neither a large request blocks small ones nor a small one wastes a pass. A fixed number of batches
@@ -12,18 +12,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 from queue import SimpleQueue
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 
 from jaxslm.errors import InputError
 from jaxslm.score.forward import Forward, PackRequest, values_per_item
 from jaxslm.score.packing import Packer
+from jaxslm.serve.jobs import Job, Slice
 from jaxslm.serve.metrics import Metrics
 
 QUEUED_AHEAD = 2
@@ -65,89 +65,11 @@ class Scorer(Protocol):
         ...
 
 
-class Job:
-    """One request's items on their way through the device.
-
-    Attributes:
-        future: becomes the logits of (no, yes), float32 [J, 2], in the order given; the log-probabilities of what the
-            request's `label_ids` ask for stand behind them.
-        trial: whether the server itself asks: such a job goes first, shares no batch, and metrics leave it out.
-        submitted, started, finished: `time.monotonic()` in seconds; the latter two None until then.
-    """
-
-    def __init__(self, request: PackRequest, deadline: float, *, trial: bool = False) -> None:
-        self.request = request
-        self.deadline = deadline
-        self.trial = trial
-        lengths = np.fromiter(map(len, request.item_ids), np.int64, len(request.item_ids))
-        # Longest first, as the packer wants them: the items of a pass are of like length.
-        self.order = np.argsort(-lengths, kind="stable")
-        self.totals = np.cumsum(lengths[self.order])
-        self.taken, self.left = 0, len(lengths)
-        self.logits = np.empty((len(lengths), values_per_item([request])), np.float32)
-        self.future: Future[Float32[np.ndarray, "J C"]] = Future()
-        # From now on cancelling the future from outside has no effect: `Batcher.drop` is the way.
-        self.future.set_running_or_notify_cancel()
-        self.dropped = False
-        self.submitted = time.monotonic()
-        self.started: float | None = None
-        self.finished: float | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that still wait, the prefix once."""
-        if self.taken == len(self.order):
-            return 0
-        return len(self.request.prefix_ids) + int(self.totals[-1]) - self._tokens_taken
-
-    @property
-    def _tokens_taken(self) -> int:
-        return int(self.totals[self.taken - 1]) if self.taken else 0
-
-    def fitting(self, tokens: int) -> int:
-        """Returns how many of the next items fit with their prefix into so many tokens."""
-        limit = self._tokens_taken + tokens - len(self.request.prefix_ids)
-        return max(0, int(self.totals.searchsorted(limit, side="right")) - self.taken)
-
-    def worthwhile(self, number: int) -> bool:
-        """Whether the next items are worth a repetition of the prefix for those after them."""
-        last = self.taken + number
-        if not number or last == len(self.order):
-            return bool(number)
-        return int(self.totals[last - 1]) - self._tokens_taken >= len(self.request.prefix_ids)
-
-    def take(self, number: int) -> "_Slice":
-        """Returns the next items, which no longer wait."""
-        # In the order of the request: a request that is taken whole is packed as the ranker packs it, to the last bit.
-        part = _Slice(self, np.sort(self.order[self.taken : self.taken + number]))
-        self.taken += number
-        self.started = self.started or time.monotonic()
-        return part
-
-    def fail(self, error: Exception) -> None:
-        """Ends the job with an error, unless it has ended."""
-        self.dropped = True
-        if not self.future.done():
-            self.future.set_exception(error)
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """Items of a job that a batch holds: their places among the job's items."""
-
-    job: Job
-    places: Int[np.ndarray, " n"]
-
-    @property
-    def request(self) -> PackRequest:
-        return self.job.request.items_at(self.places)
-
-
 @dataclass(frozen=True)
 class _Batch:
     """Slices on the device, and the passes that hold them."""
 
-    slices: Sequence[_Slice]
+    slices: Sequence[Slice]
     passes: Sequence[tuple[Sequence[Forward], Any]]
     dispatched: float
 
@@ -277,7 +199,7 @@ class Batcher:
             self._launch(slices)
             self._launching_since = None
 
-    def _launch(self, slices: Sequence[_Slice]) -> None:
+    def _launch(self, slices: Sequence[Slice]) -> None:
         """Packs and dispatches a batch, for which a slot is held; jobs of one that cannot be packed go alone."""
         try:
             groups = self.scorer.packer.pack([part.request for part in slices], len(self.scorer.devices))
@@ -298,7 +220,7 @@ class Batcher:
             self._running.append(batch)
             self._in_flight.put(batch)
 
-    def _next_slices(self) -> list[_Slice] | None:
+    def _next_slices(self) -> list[Slice] | None:
         """Waits until a batch is full or has waited long enough and returns it; None when stopped and empty."""
         with self._changed:
             while True:
@@ -326,9 +248,9 @@ class Batcher:
                     self._queued_tokens -= job.tokens
                     job.fail(DeadlineError())
 
-    def _take(self, heap: list[tuple[float, int, Job]]) -> list[_Slice]:
+    def _take(self, heap: list[tuple[float, int, Job]]) -> list[Slice]:
         """Removes the next batch from a heap: items of the most urgent requests, as many as fit."""
-        slices: list[_Slice] = []
+        slices: list[Slice] = []
         budget = self.max_batch_tokens
         while heap:
             job = heap[0][2]
@@ -347,13 +269,13 @@ class Batcher:
             heapq.heappop(heap)
         return slices
 
-    def _end(self, slices: Sequence[_Slice], error: Exception) -> None:
+    def _end(self, slices: Sequence[Slice], error: Exception) -> None:
         with self._changed:
             for part in slices:
                 self._queued_tokens -= 0 if part.job.dropped else part.job.tokens
                 part.job.fail(error)
 
-    def _device_failed(self, slices: Sequence[_Slice], error: Exception) -> None:
+    def _device_failed(self, slices: Sequence[Slice], error: Exception) -> None:
         logger.error("device failed", exc_info=error)
         self.error = type(error).__name__
         self._end(slices, DeviceError())

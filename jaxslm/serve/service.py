@@ -15,10 +15,11 @@ from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
 from jaxslm.score.scorer import Scores
 from jaxslm.serve.admission import Admission
-from jaxslm.serve.batcher import Batcher, DeadlineError, DeviceError, Job
+from jaxslm.serve.batcher import Batcher, DeadlineError, DeviceError
 from jaxslm.serve.catalogue import Catalogue
 from jaxslm.serve.engine import Engine
 from jaxslm.serve.errors import ApiError, invalid
+from jaxslm.serve.jobs import Job
 from jaxslm.serve.prepare import Prepared
 from jaxslm.serve.schemas import (
     DeleteItemsRequest,

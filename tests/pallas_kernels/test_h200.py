@@ -50,6 +50,7 @@ def tiles_worth_timing() -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "tiles"), tiles_worth_timing())
 def test_tiles_worth_timing_compile_without_spills(
     spec: Spec, tiles: Mapping[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -60,6 +61,7 @@ def test_tiles_worth_timing_compile_without_spills(
     assert kernel.shared_memory_bytes <= SHARED_MEMORY_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [XLA, MOSAIC_GPU])
 @pytest.mark.parametrize("workload", ["summary", "latent_8"])
 def test_the_scoring_step_compiles(

@@ -87,6 +87,7 @@ def test_pruning_again_names_the_pruned_parent(tmp_path: Path, folder: Path, res
     np.testing.assert_array_equal(twice.extra["notes"]["weights"], np.arange(3, dtype=np.float32))
 
 
+@pytest.mark.slow
 def test_vocabulary_and_groups_go_too(tmp_path: Path, folder: Path) -> None:
     result = prune_checkpoint(
         folder / "dense",
@@ -193,6 +194,7 @@ def test_an_output_that_exists_is_told_first(folder: Path) -> None:
         prune_checkpoint(folder / "absent", folder / "absent.jsonl", folder / "dense", settings())
 
 
+@pytest.mark.slow
 def test_the_dense_model_teaches_the_pruned_one(tmp_path: Path) -> None:
     """`jaxslm train ranker` takes a pruned checkpoint as student and its parent as teacher, hidden states too."""
     from jaxslm.train.ranker import train_ranker

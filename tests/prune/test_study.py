@@ -75,6 +75,7 @@ def test_a_row_says_what_a_ranker_loses_against_the_dense_one(tmp_path: Path) ->
     assert changed_row["kendall_tau_to_dense"] < 1
 
 
+@pytest.mark.slow
 def test_pruning_and_recovering_in_stages(tmp_path: Path) -> None:
     """Each stage starts from the last one's result and is taught by the dense model; what is there is not redone."""
     toy = toy_folder(tmp_path / "toy")

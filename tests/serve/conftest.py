@@ -4,12 +4,27 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pytest
 
 from jaxslm.score.scorer import Ranker
 from jaxslm.serve.run import Server
 from jaxslm.serve.settings import ServeSettings
 from tests.serve.tiny_server import running, write_files
+
+UNOPTIMISED = jax.config.read("jax_disable_most_optimizations")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Servers run a program hundreds of times, so that wholly unoptimised ones cost more here than they save."""
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Tests of other folders go on as they would have."""
+    jax.config.update("jax_disable_most_optimizations", UNOPTIMISED)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ import pytest
 from jaxslm.items.store import StoreUnavailable
 from jaxslm.score.compiled import CompiledScorer
 from jaxslm.score.forward import PackRequest
-from jaxslm.serve.batcher import Batcher, Job
+from jaxslm.serve.batcher import Batcher
+from jaxslm.serve.jobs import Job
 from jaxslm.serve.run import Server
 from tests.serve.tiny_server import ADMIN, log_lines, metric, process
 

@@ -101,6 +101,7 @@ def test_a_compressor_learns_the_rule_of_the_toy_data(toy: Path, tmp_path: Path)
         encoder.encode(TEXTS, 4)
 
 
+@pytest.mark.slow
 def test_an_item_that_no_query_judges_changes_nothing(toy: Path, tmp_path: Path) -> None:
     more = tmp_path / "items.jsonl"
     unjudged = Item(id="unjudged", text="amber amber red").model_dump_json(exclude_none=True)
@@ -110,6 +111,7 @@ def test_an_item_that_no_query_judges_changes_nothing(toy: Path, tmp_path: Path)
     assert hashes(tmp_path / "more") == hashes(tmp_path / "as-it-is")
 
 
+@pytest.mark.slow
 def test_stored_scores_teach_as_a_teacher_that_runs_along(toy: Path, tmp_path: Path) -> None:
     requests, scores = tmp_path / "requests.jsonl", tmp_path / "scores.jsonl"
     items = tuple(RequestItem(id=item.id, text=item.text) for item in read_records(toy / "items.jsonl", Item))
@@ -129,6 +131,7 @@ def test_stored_scores_teach_as_a_teacher_that_runs_along(toy: Path, tmp_path: P
         assert first[term] > 1e-6
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(toy, "steps=6", "curriculum.projector_steps=1", "curriculum.noise_share=0.5", *EVERY_TERM)
     assert train_compressor(settings, tmp_path / "whole").finished
@@ -141,6 +144,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, monkeypatc
     assert {"alignment", "hidden_alignment", "distillation", "hidden", "binary_cross_entropy"} < terms.keys()
 
 
+@pytest.mark.slow
 def test_frozen_parts_stay_and_a_frozen_encoder_trains_as_if_it_ran_along(toy: Path, tmp_path: Path) -> None:
     behind_prompt = "compressor.behind_prompt=true"
     frozen = ("optimiser.encoder_factor=0.0", "curriculum.noise_share=0.0", behind_prompt)
@@ -162,6 +166,7 @@ def test_frozen_parts_stay_and_a_frozen_encoder_trains_as_if_it_ran_along(toy: P
     assert losses_of(tmp_path / "running")[0]["loss"] == pytest.approx(first[0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_pruned_ranker_with_an_encoder_of_its_own(toy: Path, tmp_path: Path) -> None:
     pruned = tiny_config("llama", num_layers=2, mlp_width=(16, 40), num_kv_heads=(1, 2))
     tiny_checkpoint(tmp_path / "pruned", pruned, seed=3, template="yes-no")

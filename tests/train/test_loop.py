@@ -109,7 +109,7 @@ def test_a_tiny_ranker_learns_the_rule_of_the_toy_data(toy: Path, tmp_path: Path
     assert sorted(path.name for path in training_folder(out).iterdir()) == ["log.jsonl", "settings.json", "tensorboard"]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, monkeypatch: Any, sign: int) -> None:
     one_device(monkeypatch)
     settings = toy_ranker(toy, *SHORT)
@@ -148,6 +148,7 @@ def test_a_stop_during_the_last_update_lets_the_run_finish(toy: Path, tmp_path: 
     assert evaluations_of(tmp_path / "whole") == evaluations_of(tmp_path / "left")
 
 
+@pytest.mark.slow
 def test_a_run_of_one_device_goes_on_with_eight(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     on_one, on_eight = (toy_ranker(toy, *SHORT, f"optimiser.accumulate={count}") for count in (8, 1))
     with monkeypatch.context() as patched:
@@ -250,6 +251,7 @@ def test_data_that_ends_early_is_told(toy: Path, tmp_path: Path, monkeypatch: An
     assert train_ranker(toy_ranker(toy, "data.epochs=2", *shape), tmp_path / "out").finished
 
 
+@pytest.mark.slow
 def test_teacher_on_the_fly(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """A student that only sees a teacher comes nearer to it; a teacher with another prompt is refused."""
     one_device(monkeypatch)

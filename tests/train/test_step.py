@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_alone() -> None:
         np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("kind", ["ranker", "encoder"])
+@pytest.mark.parametrize("kind", ["ranker", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_a_gradient_goes_no_deeper_than_what_trains(kind: str) -> None:
     """Of six layers one trains: six forward and two backward passes in place of 18. One down to the labels' input
     rows, which trained label rows invite, would be of five layers more."""
