@@ -30,6 +30,7 @@ def run(out: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
     return found.stdout, {file.stem: json.loads(file.read_text()) for file in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_small_shapes_give_the_table_and_a_file_of_each_workload(tmp_path: Path) -> None:
     output, files = run(tmp_path / "out", "--workloads", "latent_1")
     assert files.keys() == {"latent_1"}

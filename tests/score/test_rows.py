@@ -48,7 +48,7 @@ def score(dtype: str, tokens: np.ndarray, valid: np.ndarray) -> jax.Array:
     return make_score_fn(CONFIG, dtype=jnp.dtype(dtype))(params, {"tokens": tokens, "valid": valid})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @settings(max_examples=20, deadline=None)
 @given(rows=rows_of_ids, data=st.data())
 def test_a_row_scores_the_same_in_any_batch_slot_and_padding(
