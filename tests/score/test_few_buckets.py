@@ -45,6 +45,16 @@ def test_items_as_the_prompt_cuts_them_behind_a_sentence_take_the_tight_shapes(p
         assert shapes == {shape}
 
 
+@pytest.mark.parametrize("items", [[50, 50], [51, 13], [1] * 9])
+def test_passes_are_full_and_rows_share_copies_of_the_prefix(items: list[int]) -> None:
+    """Items at the prompt's cut: whatever requests ask for, only tokens limit a pass, and rows hold two."""
+    packer = Packer(few_buckets("cpu", ranker_config(176, 92)))
+    passes = [each for group in packer.pack([PackRequest([1] * 40, [[2] * 95] * n) for n in items]) for each in group]
+    for forward in passes[:-1]:
+        assert forward.bucket.tokens - forward.real_tokens < 40 + 95 + 95 * (max(items) == 1)
+    assert {forward.bucket.items_per_row for forward in passes} == {2}
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("text_tokens", [0, 20])
 def test_vectors_of_every_k_have_shapes_behind_both_prefixes(platform: str, text_tokens: int) -> None:
