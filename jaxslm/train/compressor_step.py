@@ -23,7 +23,7 @@ from jaxslm.train.compressor_data import MIXED, TEXT
 from jaxslm.train.compressor_settings import CompressorLosses, CompressorTraining
 from jaxslm.train.partition import LABEL_ROWS, TABLES, Frozen, Partition, head_rows, join_params, split_params
 from jaxslm.train.ranker import list_log_odds, lists, ranking_terms, weighted_sum
-from jaxslm.train.speed import BACKWARD, ranker_work
+from jaxslm.train.speed import BACKWARD, Work, ranker_work, total
 from jaxslm.train.step import DATA, Batch, ItemStates, LossFn, decode_items, gather, item_states, learning_rates
 from jaxslm.train.teacher import Teacher
 
@@ -142,23 +142,24 @@ def _alignment(
     return terms
 
 
-def compressor_work(models: Models, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """Returns (real tokens, FLOPs) of a batch; a text that vectors are compared with is read forward alone."""
+def compressor_work(models: Models, batch: Mapping[str, np.ndarray]) -> Work:
+    """Returns the work of a batch; a text that vectors are compared with is read forward alone."""
     ranker, encoder = models.config.model, models.compressor.encoder
     if MIXED[0] not in batch:
         return ranker_work(ranker, batch)
-    tokens, flops = ranker_work(ranker, {name: batch[source] for name, source in zip(TEXT, MIXED, strict=True)})
+    works = [ranker_work(ranker, {name: batch[source] for name, source in zip(TEXT, MIXED, strict=True)})]
     if TEXT[0] in batch:
-        read, forward_and_backward = ranker_work(ranker, batch)
-        tokens, flops = tokens + read, flops + forward_and_backward // (1 + BACKWARD)
+        text = ranker_work(ranker, batch)
+        works.append(text._replace(flops=text.flops // (1 + BACKWARD)))
     if "item_valid" in batch:
         lengths = np.sum(batch["item_valid"], axis=-1, dtype=np.int64)
-        before, devices = len(models.compressor.prefix_ids), len(lengths)
-        encoded = int(lengths.sum()) + devices * before
-        pairs = int(np.sum(lengths * (before + (lengths + 1) / 2))) + devices * before * (before + 1) // 2
+        before = len(models.compressor.prefix_ids)  # read once for all items
+        encoded = before + int(lengths.sum())
+        pairs = before * (before + 1) // 2 + int(np.sum(lengths * (before + (lengths + 1) / 2)))
         forward = linear_flops_per_token(encoder) * encoded + attention_flops_per_pair(encoder) * pairs
-        tokens, flops = tokens + encoded, flops + (1 + BACKWARD if np.all(batch["joint"]) else 1) * forward
-    return tokens, flops
+        passes = 1 + BACKWARD if np.all(batch["joint"]) else 1
+        works.append(Work(encoded, before + batch["item_valid"].size, passes * forward))
+    return total(works)
 
 
 def compressor_partition(settings: CompressorTraining, config: RankerConfig) -> Partition:

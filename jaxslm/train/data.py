@@ -70,7 +70,6 @@ class BatchIterator(Iterator[Batch], Generic[ExampleT]):
         lookahead: int,
         select: Callable[[Sequence[int]], list[int]],
         collate: Callable[[Sequence[ExampleT]], Batch],
-        tokens_per_batch: int,
         workers: int,
         fingerprint: str,
     ) -> None:
@@ -81,8 +80,7 @@ class BatchIterator(Iterator[Batch], Generic[ExampleT]):
         """
         self._examples, self._queries, self._lookahead = examples, queries, lookahead
         self._select, self._collate = select, collate
-        self._tokens_per_batch, self._workers, self._fingerprint = tokens_per_batch, workers, fingerprint
-        self._real_tokens = self._batches = 0
+        self._workers, self._fingerprint = workers, fingerprint
         self._pending: list[ExampleT] = []
         self._upcoming: Iterator[ExampleT]
         self._stop_workers: weakref.finalize | None = None
@@ -100,14 +98,7 @@ class BatchIterator(Iterator[Batch], Generic[ExampleT]):
         chosen = self._select([example.size for example in self._pending])
         batch = [self._pending[place] for place in chosen]
         self._pending = [example for place, example in enumerate(self._pending) if place not in set(chosen)]
-        self._batches += 1
-        self._real_tokens += sum(example.size for example in batch)
         return self._collate(batch)
-
-    @property
-    def padding_fraction(self) -> float:
-        """Share of padding among all tokens of the batches given out by this object; 0 before the first."""
-        return 1 - self._real_tokens / (self._batches * self._tokens_per_batch) if self._batches else 0.0
 
     def get_state(self) -> dict[str, Any]:
         """Returns a small JSON-able dict: `set_state` of it goes on with the batch that would have come next."""
@@ -248,7 +239,6 @@ def ranker_batches(
         lookahead=LOOKAHEAD * settings.lists_per_batch,
         select=lambda sizes: fill(sizes, settings.tokens_per_batch, settings.lists_per_batch),
         collate=collate or (lambda chosen: collate_lists(chosen, settings)),
-        tokens_per_batch=settings.tokens_per_batch,
         workers=settings.workers,
         fingerprint=_fingerprint(settings, data.sha256 + prompt.sha256 + scores, host, hosts),
     )
@@ -276,7 +266,6 @@ def pair_batches(settings: PairSettings, prompt: Prompt, *, host: int = 0, hosts
         lookahead=LOOKAHEAD * settings.pairs_per_batch,
         select=lambda sizes: fill(sizes, settings.tokens_per_batch, settings.pairs_per_batch),
         collate=lambda chosen: collate_pairs(chosen, settings),
-        tokens_per_batch=settings.tokens_per_batch,
         workers=settings.workers,
         fingerprint=_fingerprint(settings, data.sha256 + prompt.sha256, host, hosts),
     )

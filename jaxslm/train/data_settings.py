@@ -48,7 +48,7 @@ class DataSettings(SourceSettings):
         hard_negative_pool: length of the BM25 list; 0 draws from judged items only and needs no `bm25s`.
         lists_per_batch: R, the most lists in a batch.
         tokens_per_batch: M, tokens of a batch with padding; room for one list of the largest size. Padding is least
-            when M is one or two per cent above R times the usual list; `BatchIterator.padding_fraction` tells.
+            when M is one or two per cent above R times the usual list; "padding_fraction" in the log tells.
         max_prefix_tokens: P, the prompt's words and the query. A longer query is an error, never cut.
         max_item_tokens: T, an item's text and the prompt's suffix. The text's end is cut to keep it.
         teacher_requests: the input of `jaxslm score` that made `teacher_scores`; its items need ids. `jaxslm

@@ -1,8 +1,11 @@
 """What a run tells: a JSON Lines log, TensorBoard events on request, and a progress bar."""
 
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import jax
@@ -19,18 +22,21 @@ class RunLog:
     def __init__(self, folder: Path, first_step: int, *, tensorboard: bool) -> None:
         """Drops the lines after update `first_step`, from which the run goes on, so that the log is one curve.
 
-        Of several hosts only the first writes.
+        Of several hosts only the first writes. Raises InputError as `write`.
         """
         self._writes = jax.process_index() == 0
         self._held = set[str]()
         if not self._writes:
             return
         self._path = folder / "log.jsonl"
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= first_step]
+        with self._disk_errors():
+            self._path.touch()
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            kept = list(takewhile(lambda line: _step_of(line) <= first_step, lines))
+            # Steps ascend, so the end is cut off: that takes no room on the disk, and no kill can empty the log.
+            os.truncate(self._path, sum(map(len, kept)))
+            self._events = EventFile(folder / "tensorboard") if tensorboard else None
         self._held.update(*(json.loads(line) for line in kept if _step_of(line) == first_step))
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._events = EventFile(folder / "tensorboard") if tensorboard else None
 
     def holds(self, name: str) -> bool:
         """Whether the log had this number of update `first_step` when it was opened; False on hosts without it."""
@@ -40,16 +46,18 @@ class RunLog:
         """Adds one line. Raises InputError when the disk takes no more."""
         if not self._writes:
             return
+        with self._disk_errors():
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **numbers}) + "\n")
+            if self._events is not None:
+                self._events.write(step, numbers)
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
         try:
-            self._append(step, numbers)
+            yield
         except OSError as error:
             raise InputError(f"{self._path}: cannot write, earlier saves are intact ({error.strerror})") from error
-
-    def _append(self, step: int, numbers: Mapping[str, float]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
-        if self._events is not None:
-            self._events.write(step, numbers)
 
 
 class RunBar:
@@ -85,9 +93,9 @@ def run_bar(total: int, step: int) -> Iterator[RunBar]:
         yield RunBar(bar, total, step)
 
 
-def _step_of(line: str) -> float:
-    """The line's step; infinity for a line that a kill cut short."""
+def _step_of(line: bytes) -> float:
+    """The line's step; infinity for a line that a kill or a full disk cut short."""
     try:
-        return float(json.loads(line)["step"])
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.inf

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxslm.atomic import new_file, refuse_existing
+from jaxslm.atomic import cannot_write, new_file, refuse_existing
 from jaxslm.checkpoint import Checkpoint, save_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
@@ -36,6 +36,7 @@ from jaxslm.train.log import RunBar, RunLog, run_bar
 from jaxslm.train.partition import Frozen, Partition
 from jaxslm.train.settings import TrainingSettings
 from jaxslm.train.snapshots import METRIC, Snapshots
+from jaxslm.train.speed import Work, total
 from jaxslm.train.step import (
     LossFn,
     State,
@@ -72,7 +73,7 @@ class Task:
         kind: "ranker", "encoder" or "compressor". start: the model before the first update.
         params: all parameters before the first update, `start.params` if None. partition: which of them train.
         optimiser: what updates those.
-        work: (real tokens, useful FLOPs) of one of this host's batches.
+        work: of one of this host's batches.
         evaluate: whole parameters on one device -> numbers by name, "ndcg_at_10" among them; called when the settings
             have an `evaluation`.
         save: (path, whole parameters, metrics): writes the checkpoint.
@@ -83,7 +84,7 @@ class Task:
     start: Checkpoint
     loss_fn: LossFn
     batches: Batches
-    work: Callable[[Mapping[str, np.ndarray]], tuple[int, int]]
+    work: Callable[[Mapping[str, np.ndarray]], Work]
     evaluate: Evaluate
     partition: Partition
     optimiser: optax.GradientTransformation
@@ -191,7 +192,12 @@ class _Loop:
         pending: _Update | None = None
         self._evaluate_what_a_stop_left_out(bar)
         while self.step < settings.steps:
-            update = self._update()
+            parts = self._next_parts()
+            if parts is None:
+                self._account(pending, bar)
+                self._save()
+                raise InputError(f"data: ended after {self.step} of {settings.steps} updates: raise data.epochs")
+            update = self._update(parts)
             # The previous update's numbers are read only now, so that the device never waits for the host.
             self._account(pending, bar)
             pending = update
@@ -220,25 +226,21 @@ class _Loop:
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self._settings.steps
 
-    def _update(self) -> "_Update":
-        accumulate = self._settings.optimiser.accumulate
-        parts = [self._next_batch() for _ in range(accumulate * len(self._task.mesh.local_devices))]
-        list_ids = np.concatenate([part.pop("list_ids").reshape(-1) for part in parts])
-        tokens, flops = map(sum, zip(*(self._task.work(part) for part in parts), strict=True))
-        rate = float(self._rates(self.step))
-        self._state, metrics = self._step_fn(self._state, self._frozen, put_batch(parts, accumulate, self._task.mesh))
-        self.step += 1
-        hosts = jax.process_count()
-        return _Update(self.step, metrics, list_ids, tokens * hosts, flops * hosts, rate)
-
-    def _next_batch(self) -> dict[str, np.ndarray]:
+    def _next_parts(self) -> list[dict[str, np.ndarray]] | None:
+        """This host's batches of one update; None when the data has ended."""
+        count = self._settings.optimiser.accumulate * len(self._task.mesh.local_devices)
         try:
-            return dict(next(self._task.batches))
+            return [dict(next(self._task.batches)) for _ in range(count)]
         except StopIteration:
-            self._save()
-            raise InputError(
-                f"data: ended after {self.step} of {self._settings.steps} updates: raise data.epochs"
-            ) from None
+            return None
+
+    def _update(self, parts: list[dict[str, np.ndarray]]) -> "_Update":
+        list_ids = np.concatenate([part.pop("list_ids").reshape(-1) for part in parts])
+        work, rate = total(map(self._task.work, parts)), float(self._rates(self.step))
+        batch = put_batch(parts, self._settings.optimiser.accumulate, self._task.mesh)
+        self._state, metrics = self._step_fn(self._state, self._frozen, batch)
+        self.step += 1
+        return _Update(self.step, metrics, list_ids, work, rate)
 
     def _account(self, update: "_Update | None", bar: RunBar) -> None:
         """Waits for an update, stops at a loss that is not finite, logs and shows the rest."""
@@ -250,8 +252,10 @@ class _Loop:
         if not all(math.isfinite(numbers[name]) for name in ("loss", "gradient_norm")):
             self._stop_at(update, numbers)
         numbers["learning_rate"] = update.rate
-        numbers["tokens_per_s"] = update.tokens / seconds
-        numbers["mfu"] = update.flops / seconds / self._ceiling
+        work, hosts = update.work, jax.process_count()
+        numbers["tokens_per_s"] = hosts * work.tokens / seconds
+        numbers["padding_fraction"] = 1 - work.tokens / work.places
+        numbers["mfu"] = hosts * work.flops / seconds / self._ceiling
         numbers["seconds"] = seconds
         self._log.write(update.step, numbers)
         bar.update(update.step, numbers)
@@ -260,10 +264,14 @@ class _Loop:
         ids = [self._task.batches.query_id(int(number)) for number in update.list_ids if number >= 0]
         path = self._folder / "not-finite.json"
         told = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}  # JSON has none
-        path.write_text(json.dumps({"step": update.step, **told, "query_ids": ids}) + "\n", encoding="utf-8")
+        where = f"the queries of the batch are in {path}"
+        try:
+            path.write_text(json.dumps({"step": update.step, **told, "query_ids": ids}) + "\n", encoding="utf-8")
+        except OSError as error:
+            where = str(cannot_write(path, error))
         raise InputError(
             f"update {update.step}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}: training stopped,"
-            f" the queries of the batch are in {path}, the last save is intact"
+            f" {where}, the last save is intact"
         )
 
     def _evaluate(self, bar: RunBar) -> None:
@@ -293,13 +301,12 @@ class _Loop:
 
 @dataclass(frozen=True)
 class _Update:
-    """An update on its way: its numbers are still being computed."""
+    """An update on its way: its numbers are still being computed. `work` is this host's."""
 
     step: int
     metrics: dict[str, Array]
     list_ids: np.ndarray
-    tokens: int
-    flops: int
+    work: Work
     rate: float
 
 
@@ -311,7 +318,6 @@ def _claim(folder: Path, task: Task, settings: TrainingSettings) -> None:
     ours = {"kind": task.kind, "model_sha256": model, **settings.model_dump(mode="json")}
     path = folder / "settings.json"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with new_file(path) as staging:
             staging.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
         return

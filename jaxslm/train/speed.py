@@ -1,6 +1,7 @@
 """How fast a run is: tokens and FLOPs of its batches against what this machine's matrix units reach."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,10 +13,25 @@ BACKWARD = 2
 """A backward pass costs twice a forward pass; recomputation and optimiser are not counted as useful."""
 
 
-def ranker_work(
-    config: ModelConfig, batch: Mapping[str, np.ndarray], train_layers: int | None = None
-) -> tuple[int, int]:
-    """Returns (real tokens, FLOPs of forward and backward) of a ranker batch; padding counts as nothing.
+class Work(NamedTuple):
+    """What a batch asks for.
+
+    Attributes:
+        tokens: real ones. places: those and padding. flops: of forward and backward, padding counts as nothing.
+    """
+
+    tokens: int
+    places: int
+    flops: int
+
+
+def total(works: Iterable[Work]) -> Work:
+    """Returns the sum of at least one."""
+    return Work(*map(sum, zip(*works, strict=True)))
+
+
+def ranker_work(config: ModelConfig, batch: Mapping[str, np.ndarray], train_layers: int | None = None) -> Work:
+    """Returns the work of a ranker batch.
 
     Args:
         train_layers: the last layers that train, all if None; a backward pass goes no deeper.
@@ -23,14 +39,15 @@ def ranker_work(
     tokens, pairs, read = _counts(batch)
     savings = last_layer_savings(config, tokens, read)
     trained = _forward(last_layers(config, train_layers), tokens, pairs) - savings
-    return tokens, _forward(config, tokens, pairs) - savings + BACKWARD * trained
+    flops = _forward(config, tokens, pairs) - savings + BACKWARD * trained
+    return Work(tokens, batch["tokens"].size, flops)
 
 
-def pair_work(config: ModelConfig, batch: Mapping[str, np.ndarray], train_layers: int | None = None) -> tuple[int, int]:
-    """Returns (real tokens, FLOPs of forward and backward) of a batch of pairs, as `ranker_work`."""
+def pair_work(config: ModelConfig, batch: Mapping[str, np.ndarray], train_layers: int | None = None) -> Work:
+    """Returns the work of a batch of pairs, as `ranker_work`."""
     tokens, pairs, _ = _counts(batch)
     trained = _forward(last_layers(config, train_layers), tokens, pairs)
-    return tokens, _forward(config, tokens, pairs) + BACKWARD * trained
+    return Work(tokens, batch["tokens"].size, _forward(config, tokens, pairs) + BACKWARD * trained)
 
 
 def _counts(batch: Mapping[str, np.ndarray]) -> tuple[int, int, int]:

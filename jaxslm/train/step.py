@@ -58,7 +58,7 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 
 
 def learning_rates(settings: OptimiserSettings, steps: int) -> optax.Schedule:
-    """Returns the schedule: linear from 0 over the warm-up, then cosine to `final_fraction` at the last update."""
+    """Returns the schedule: linear from peak / (warm-up + 1), then cosine to `final_fraction` at the last update."""
     peak = settings.learning_rate
     return optax.warmup_cosine_decay_schedule(
         init_value=peak / (settings.warmup_steps + 1),

@@ -15,16 +15,18 @@ from jaxslm.config import load_toml
 from jaxslm.data_files import Item, Query, Request, RequestItem, read_records
 from jaxslm.errors import InputError
 from jaxslm.items.record import Record, RecordIdentity, pack_record, unpack_record
+from jaxslm.model.cost import attention_flops_per_pair, linear_flops_per_token
+from jaxslm.model.decoder import Decoder
 from jaxslm.score.files import score_file
 from jaxslm.score.scorer import load
 from jaxslm.train import step
 from jaxslm.train.compressor import train_compressor
 from jaxslm.train.compressor_data import Plan, plan_of
 from jaxslm.train.compressor_settings import CompressorTraining
-from jaxslm.train.compressor_step import rounded_to_int8, trained_if
+from jaxslm.train.compressor_step import Models, compressor_work, rounded_to_int8, trained_if
 from jaxslm.train.loop import training_folder
-from tests.compress.tiny_compressor import compressor_checkpoint
-from tests.tiny import tiny_checkpoint, tiny_config
+from tests.compress.tiny_compressor import ENCODER, RANKER, compressor_checkpoint, compressor_config
+from tests.tiny import tiny_checkpoint, tiny_config, tiny_ranker_config
 from tests.train.test_loop import stop_after
 from tests.train.toy import toy_folder
 
@@ -241,6 +243,29 @@ def test_the_plan_of_a_run(toy: Path) -> None:
     assert [(plan.align, plan.teach) for plan in on_vectors] == [(1.0, 0.2)] * 30 + [(0.2, 1.0)] * 30
     assert [plan.noise for plan in plans[90:] if plan.k] == [True] * sum(plan.k > 0 for plan in plans[90:])
     assert not any(plan.noise for plan in plans[:90])
+
+
+def test_words_before_the_items_are_work_once_for_all_of_them() -> None:
+    lengths = np.array([5, 2, 3, 4])
+    batch = {
+        "mixed_tokens": np.zeros(24, np.int32),
+        "mixed_prefix": np.arange(8, dtype=np.int32)[None],
+        "mixed_items": (8 + np.arange(12, dtype=np.int32)).reshape(1, 4, 3),
+        "item_valid": np.arange(5) < lengths[:, None],
+        "joint": np.array(True),
+    }
+    bare, behind = (
+        compressor_work(
+            Models(tiny_ranker_config(RANKER), compressor_config(prefix_ids=ids), Decoder(RANKER), Decoder(ENCODER)),
+            batch,
+        )
+        for ids in ((), (1, 2, 3))
+    )
+    assert (bare.tokens, bare.places) == (20 + lengths.sum(), 24 + 4 * 5)
+    assert (behind.tokens, behind.places) == (bare.tokens + 3, bare.places + 3)
+    pairs = 1 + 2 + 3 + 3 * lengths.sum()
+    more = 3 * linear_flops_per_token(ENCODER) + pairs * attention_flops_per_pair(ENCODER)
+    assert behind.flops == bare.flops + 3 * more  # forward and backward
 
 
 @pytest.mark.parametrize("joint", [True, False])

@@ -216,6 +216,8 @@ def test_a_state_of_other_teacher_scores_is_refused(folder: Path, tmp_path: Path
 
 def test_worker_processes_change_nothing(folder: Path) -> None:
     plain, parallel = ranker(folder), ranker(folder, workers=2)
+    take(plain, 3)
+    parallel.set_state(plain.get_state())  # as a resumed run does, before the first batch
     assert_same(take(plain, 5), take(parallel, 5))
     assert plain.get_state() == parallel.get_state()
     parallel.close()
@@ -229,13 +231,10 @@ def test_without_grain_workers_are_refused(folder: Path, monkeypatch: pytest.Mon
     next(ranker(folder))
 
 
-def test_padding_is_counted_and_small(folder: Path) -> None:
-    batches = ranker(folder, lists_per_batch=8)
-    assert batches.padding_fraction == 0
-    taken = take(batches, 12)
+def test_padding_is_small(folder: Path) -> None:
+    taken = take(ranker(folder, lists_per_batch=8), 12)
     real = sum(np.sum(batch["prefix"] < 2400) + np.sum(batch["items"] < 2400) for batch in taken)
-    assert batches.padding_fraction == pytest.approx(1 - real / (12 * 2400))
-    assert batches.padding_fraction < 0.15
+    assert 0 <= 1 - real / (12 * 2400) < 0.15
 
 
 def test_errors_in_worker_processes_keep_their_words(folder: Path) -> None:

@@ -8,26 +8,31 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxslm import cli
 from jaxslm.checkpoint import load_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.score.scorer import load
 from jaxslm.train import loop, step
+from jaxslm.train.data import ranker_batches
 from jaxslm.train.loop import TrainResult, training_folder
 from jaxslm.train.partition import split_params
 from jaxslm.train.ranker import train_ranker
 from jaxslm.train.settings import RankerTraining
 from jaxslm.train.snapshots import Snapshots
+from jaxslm.train.speed import ranker_work
 from jaxslm.train.start import load_start
 from tests.tiny import tiny_checkpoint, tiny_config
-from tests.train.toy import toy_folder, toy_ranker
+from tests.train.toy import CONFIG, toy_folder, toy_ranker
 
 SHORT = ("steps=6", "save_every=2", "evaluation.every=3", "layers=1", "remat=false", "tensorboard=false")
 """Six updates with three saves and two evaluations."""
@@ -109,6 +114,42 @@ def test_a_tiny_ranker_learns_the_rule_of_the_toy_data(toy: Path, tmp_path: Path
     assert sorted(path.name for path in training_folder(out).iterdir()) == ["log.jsonl", "settings.json", "tensorboard"]
 
 
+def test_the_result_is_of_the_best_evaluation(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    one_device(monkeypatch)
+    evaluated: list[Any] = []
+
+    def worse_each_time(task: loop.Task, *args: Any) -> TrainResult:
+        def evaluate(params: Any) -> dict[str, float]:
+            evaluated.append(jax.tree.map(np.array, params))
+            return {"ndcg_at_10": 1 / len(evaluated)}
+
+        return loop.run(replace(task, evaluate=evaluate), *args)
+
+    monkeypatch.setattr("jaxslm.train.ranker.run", worse_each_time)
+    result = train_ranker(toy_ranker(toy, *SHORT), tmp_path / "out")
+    assert result.metrics == {"ndcg_at_10": 1.0, "step": 3.0}
+    best, last = evaluated
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "out").params, best)
+    assert not np.array_equal(best["final_norm"]["scale"], last["final_norm"]["scale"])
+
+
+def assert_padding_and_speed_are_told(settings: RankerTraining, out: Path) -> None:
+    start = load_start(settings, step.make_mesh(jax.devices()[:1]))
+    batches = ranker_batches(settings.data, start.prompt)
+    lines = [line for line in log_of(out) if "loss" in line]
+    assert [line["step"] for line in lines] == [*range(1, settings.steps + 1)]
+    for line in lines:
+        parts = [next(batches) for _ in range(settings.optimiser.accumulate)]
+        places = sum(len(part["tokens"]) for part in parts)
+        real = sum(np.sum(part[name] < len(part["tokens"])) for part in parts for name in ("prefix", "items"))
+        flops = sum(ranker_work(start.config.model, part).flops for part in parts)
+        assert 0 <= line["padding_fraction"] < 1
+        assert line["padding_fraction"] == pytest.approx(1 - real / places)
+        assert line["tokens_per_s"] == pytest.approx(real / line["seconds"])
+        assert line["mfu"] == pytest.approx(flops / line["seconds"] / loop._ceiling_of(jnp.dtype("float32")))
+        assert line["mfu"] > 0
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, monkeypatch: Any, sign: int) -> None:
     one_device(monkeypatch)
@@ -124,6 +165,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(toy: Path, tmp_path: Path, monkeypatc
     assert train_ranker(settings, tmp_path / "parts").finished
     assert same_parameters(tmp_path / "whole", tmp_path / "parts")
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
+    assert_padding_and_speed_are_told(settings, tmp_path / "parts")
     # The evaluation that was due at update 3 is made up for.
     assert evaluations_of(tmp_path / "whole") == evaluations_of(tmp_path / "parts")
 
@@ -171,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_queries(
     def poisoned(parts: Any, *args: Any) -> Any:
         nonlocal count
         count += 1
-        if count == 4:
+        if count >= 4:
             parts[0]["labels"][:] = np.inf
         return put_batch(parts, *args)
 
@@ -179,12 +221,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_queries(
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"update 4: loss nan|update 4: loss inf"):
         train_ranker(toy_ranker(toy, *SHORT), out)
-    content = (training_folder(out) / "not-finite.json").read_text()
+    told_in = training_folder(out) / "not-finite.json"
+    content = told_in.read_text()
     told = json.loads(content, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert told["step"] == 4
     assert told["loss"] in ("nan", "inf")
     assert all(name.startswith("train-") for name in told["query_ids"])
     assert len(log_of(out)) == 4  # three updates and an evaluation
+    told_in.unlink()
+    told_in.mkdir()
+    with pytest.raises(InputError, match=r"update 4: loss .*not-finite.json: cannot write it \(Is a directory\)"):
+        train_ranker(toy_ranker(toy, *SHORT), out)
     monkeypatch.setattr(loop, "put_batch", put_batch)
     assert train_ranker(toy_ranker(toy, *SHORT), out).finished
 
@@ -248,6 +295,7 @@ def test_data_that_ends_early_is_told(toy: Path, tmp_path: Path, monkeypatch: An
     shape = ("steps=20", "evaluation.every=20", "layers=1", "remat=false")
     with pytest.raises(InputError, match=r"data: ended after 15 of 20 updates: raise data.epochs"):
         train_ranker(toy_ranker(toy, "data.epochs=1", *shape), tmp_path / "out")
+    assert [line["step"] for line in log_of(tmp_path / "out")] == [*range(1, 16)]
     assert train_ranker(toy_ranker(toy, "data.epochs=2", *shape), tmp_path / "out").finished
 
 
@@ -267,6 +315,35 @@ def test_teacher_on_the_fly(toy: Path, tmp_path: Path, monkeypatch: Any) -> None
     other = tiny_checkpoint(tmp_path / "other", tiny_config("llama"), seed=1, template="yes-no")
     with pytest.raises(InputError, match="has another tokenizer or prompt than the student"):
         train_ranker(toy_ranker(toy, f"teacher.checkpoint={other}", *only, *terms), tmp_path / "refused")
+
+
+def test_a_teacher_of_another_shape_teaches_by_its_log_odds(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    one_device(monkeypatch)
+    prompt = {"template": "yes-no", "instruction": "Match", "max_tokens": 192}
+    teacher = tiny_checkpoint(tmp_path / "teacher", tiny_config("llama", width=48, num_layers=3), seed=1, **prompt)
+    only = ("losses.binary_cross_entropy=0.0", "losses.list_softmax=0.0", "losses.distillation=1.0")
+    taught = (*SHORT, *only, f"teacher.checkpoint={teacher}")
+    with pytest.raises(InputError, match="states of the student's width 32, the teacher's have 48"):
+        train_ranker(toy_ranker(toy, *taught, "losses.hidden=1.0"), tmp_path / "refused")
+    assert train_ranker(toy_ranker(toy, *taught), tmp_path / "student").finished
+    losses = losses_of(tmp_path / "student")
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_command_ends_with_130_when_the_run_was_stopped(
+    tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str], finished: bool
+) -> None:
+    def ended(settings: RankerTraining, out: Path) -> TrainResult:
+        return TrainResult(finished, 3, settings.steps, out, {}, interrupted=not finished)
+
+    monkeypatch.setattr("jaxslm.train.ranker.train_ranker", ended)
+    arguments = ["train", "ranker", "--config", str(CONFIG), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["jaxslm", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == (0 if finished else 130)
+    assert json.loads(capsys.readouterr().out)["finished"] is finished
 
 
 def test_signals_outside_the_main_thread_are_left_alone(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
