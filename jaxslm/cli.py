@@ -408,7 +408,7 @@ def quickstart(
     out: Annotated[Path, typer.Option("--out", help="Working folder; what is done is reused.")] = Path("quickstart"),
     serve: Annotated[bool, typer.Option(help="Stay with the server at the end until Ctrl-C.")] = True,
 ) -> None:
-    """Train, prune, compress, measure and serve a ranker on real data: 12 to 20 minutes on two cores.
+    """Train, prune, compress, measure and serve a ranker on real data: 10 to 20 minutes on two cores.
 
     Example: jaxslm quickstart --out quickstart --no-serve
     """

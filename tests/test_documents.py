@@ -207,12 +207,15 @@ def test_commands_of_the_readme_run(quickstart: Path, monkeypatch: pytest.Monkey
             jaxslm(line, monkeypatch)
     arguments = shlex.split(serve)[2:]
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    assert given.keys() == {"--model", "--store", "--port"}
+    assert given.keys() == {"--model", "--store", "--items", "--port"}
     (quickstart / "buckets.toml").write_text(
         BUCKETS.replace("item_tokens = 8, vectors_per_item = 2", "item_tokens = 16, vectors_per_item = 8")
     )
-    settings = ServeSettings(model=given["--model"], store=given["--store"], buckets="buckets.toml", port=0)
+    model, store, items = (given[f"--{name}"] for name in ("model", "store", "items"))
+    settings = ServeSettings(model=model, store=store, items=items, buckets="buckets.toml", port=0)
     with running(settings) as server:
+        shown = httpx.get(f"{server.url}/demo/items", timeout=60).json()["items"]
+        assert [item["id"] for item in shown] == ["15-1252.00", "53-3032.00"]
         for _, silent, url, *options in requests:
             assert silent == "-s"
             body = options[options.index("--json") + 1]

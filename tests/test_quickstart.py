@@ -1,19 +1,26 @@
 """The quickstart: all stages on made data, what a second run reuses, going on after Ctrl-C, what damage leads to."""
 
 import json
+import re
 import runpy
 import shutil
+import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
+from jaxslm import cli
+from jaxslm.checkpoint import load_checkpoint, load_manifest, save_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.quickstart import pipeline, run, serving
 from jaxslm.quickstart.pipeline import Pipeline
 from jaxslm.quickstart.settings import MeasureSettings, QuickstartSettings
+from jaxslm.quickstart.stages import Stage, seconds_by_stage
 from jaxslm.score.scorer import load
 from jaxslm.train import step
 from tests.convert.test_gguf import write_gguf
@@ -98,9 +105,13 @@ def test_the_whole_run(finished: tuple[Path, dict[str, Any]]) -> None:
     assert result["finished"]
     rows = {row["name"]: row for row in result["rows"]}
     measured = ["full text", "pruned", "compressed k=2", "compressed k=1"]
+    references = ["bi-encoder", "BM25"]
     assert list(rows) == [*measured, "bi-encoder", "random order", "BM25"]
     assert all(0 <= row["ndcg_ci95"][0] <= row["ndcg_at_10"] <= row["ndcg_ci95"][1] <= 1 for row in rows.values())
-    assert all(rows[name]["items_per_s"] > 0 for name in measured)
+    assert {name for name, row in rows.items() if row.get("items_per_s", 0) > 0} == {*measured, *references}
+    curves = {name: row["calibration"] for name, row in rows.items() if "calibration" in row}
+    assert list(curves) == measured  # a cosine is no probability
+    assert {curve["pairs"] for curve in curves.values()} == {result["conditions"]["candidates"]}
     assert [rows[f"compressed k={k}"]["tokens_per_item"] for k in (1, 2)] == [2, 3]
     assert rows["full text"]["tokens_per_item"] == rows["pruned"]["tokens_per_item"] > 3
     assert rows["pruned"]["parameters"] < rows["full text"]["parameters"]
@@ -112,6 +123,7 @@ def test_the_whole_run(finished: tuple[Path, dict[str, Any]]) -> None:
     assert seconds["Ranker"] > 0
     page = Path(result["report"]).read_text()
     assert "compressed k=1" in page
+    assert "Reliability of P(yes)" in page
     assert load(out / "ranker").config.model.num_layers == 3
     widths = load(out / "pruned").config.model.mlp_width_by_layer
     assert sum(widths) == 3 * 48
@@ -185,9 +197,132 @@ def test_a_checkpoint_of_another_run_is_refused(finished: tuple[Path, dict[str, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("remade", "told"), [("compressed", "encoded.json"), ("recovered", "done"), ("encoder", "done"), ("ranker", "done")]
+)
+def test_numbers_of_another_checkpoint_are_refused(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, remade: str, told: str
+) -> None:
+    """A checkpoint that was made anew of the same parent, and all checkpoints of it too: the numbers are the old's."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    remake(out / remade)
+    with pytest.raises(InputError, match=rf"{told}: of another {remade} than the one beside it; remove it"):
+        quickstart(out)
+
+
+@pytest.mark.slow
+def test_quality_is_measured_anew_where_the_checkpoint_is_another(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    remake(out / "ranker")
+    before = {path.name: path.read_bytes() for path in (out / "evaluations").glob("*.json")}
+    Pipeline(out, make_demo, SETTINGS).evaluate("dev", SETTINGS.measure, out / "evaluations")
+    after = {path.name: path.read_bytes() for path in (out / "evaluations").glob("*.json")}
+    assert {name for name in after if after[name] != before[name]} == {"full-text.json"}
+
+
+def remake(checkpoint: Path) -> None:
+    """Changes the weights of a checkpoint, and what its children say of it."""
+    old = load_checkpoint(checkpoint, extra=tuple(load_manifest(checkpoint).extra))
+    shutil.rmtree(checkpoint)
+    new = save_checkpoint(
+        checkpoint,
+        old.config,
+        jax.tree.map(lambda leaf: leaf * 1.5, old.params),
+        old.tokenizer_files,
+        source=old.manifest.source,
+        parent=old.manifest.parent,
+        extra=old.extra,
+        compressor=old.manifest.compressor,
+    )
+    for manifest in checkpoint.parent.glob("*/manifest.json"):
+        manifest.write_text(manifest.read_text().replace(old.manifest.params_sha256, new.params_sha256))
+
+
+@pytest.mark.slow
 def test_damaged_results_are_named(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     (out / "results.json").write_text("{")
     with pytest.raises(InputError, match=r"results\.json: damaged .*; remove it"):
         quickstart(out)
+
+
+def test_damage_of_the_log_is_named(tmp_path: Path) -> None:
+    (tmp_path / "stages.jsonl").write_text('{"stage": "Data", "seconds": "many"}\n')
+    with pytest.raises(InputError, match=r"stages\.jsonl: damaged; remove it"):
+        seconds_by_stage(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_server_stays_until_ctrl_c(
+    finished: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, urls = finished[0], []
+
+    def ready(url: str) -> int:
+        with urllib.request.urlopen(f"{url}/health/ready", timeout=60) as answer:
+            return int(answer.status)
+
+    def wait() -> None:
+        told = re.search(r"Try it: (http://[\d.]+:\d+) in a browser", " ".join(capsys.readouterr().err.split()))
+        assert told
+        urls.append(told[1])
+        assert ready(told[1]) == 200
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serving, "_wait_for_ctrl_c", wait)
+    serving.try_server(out / "compressed", out / "store-k2", out / "demo/jobs/items.jsonl", tmp_path, stay=True)
+    assert "Stopping the server." in capsys.readouterr().err
+    with pytest.raises(urllib.error.URLError):
+        ready(urls[0])
+
+
+def command_line(out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs `jaxslm quickstart --no-serve`; returns its exit code."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # tests leave the user's cache folder alone
+    monkeypatch.setattr(sys, "argv", ["jaxslm", "quickstart", "--out", str(out), "--no-serve"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+def test_the_command_line_ends_with_the_reports_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"name": "full text", "ndcg_at_10": 0.5, "ndcg_ci95": [0.4, 0.6]}
+    said = {"queries": 3, "candidates": 4, "candidate_list": "made up", "conventions": "none", "speed": "none"}
+
+    def stages(self: Pipeline) -> list[Stage]:
+        content = {"rows": [row], "conditions": said | {"seconds": {"All": 90}}}
+        return [Stage("All", "", None, lambda: self.results.write_text(json.dumps(content)), self.results)]
+
+    monkeypatch.setattr(Pipeline, "stages", stages)
+    assert command_line(tmp_path / "out", monkeypatch) == 0
+    printed = capsys.readouterr()
+    page = tmp_path / "out" / "report" / "index.html"
+    assert f"In all 1.5 minutes. Report: {page.as_uri()}\n" in printed.err
+    answer = json.loads(printed.out)
+    assert answer["finished"]
+    assert answer["report"] == str(page)
+    assert answer["rows"] == [row]
+
+
+def test_an_interrupted_command_ends_with_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "stages", lambda self: [Stage("All", "", None, interrupted, self.results)])
+    assert command_line(tmp_path / "out", monkeypatch) == 130
+    printed = capsys.readouterr()
+    assert "the same command goes on" in " ".join(printed.err.split())
+    assert json.loads(printed.out) == {"finished": False, "out": str(tmp_path / "out")}

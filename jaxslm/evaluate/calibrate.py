@@ -16,7 +16,7 @@ from jaxslm.errors import InputError
 from jaxslm.evaluate.calibration import CalibrationReport, calibration_report, fit_platt, fit_temperature
 from jaxslm.evaluate.candidates import candidates
 from jaxslm.evaluate.checkpoints import read_split
-from jaxslm.evaluate.metrics import labels_of, stable_hash
+from jaxslm.evaluate.metrics import Run, labels_of, stable_hash
 from jaxslm.evaluate.reliability import check_plot, reliability, write_plot
 from jaxslm.evaluate.rerank import Score, sample_queries, score_candidates
 from jaxslm.progress import console
@@ -102,15 +102,18 @@ def held_out_pairs(score: Score, queries: Sequence[Query], items: Mapping[str, I
     labels = labels_of(queries)
 
     def pairs(side: Sequence[Query]) -> Pairs:
-        rows = [
-            (logit, labels[query.query_id].get(item_id, 0.0))
-            for query in side
-            for item_id, logit in run[query.query_id].items()
-        ]
-        logits, relevance = np.array(rows, np.float64).T
-        return Pairs(logits, relevance)
+        return pairs_of({query.query_id: run[query.query_id] for query in side}, labels)
 
     return pairs(sides[0]), pairs(sides[1])
+
+
+def pairs_of(run: Run, labels: Mapping[str, Mapping[str, float]]) -> Pairs:
+    """Returns the pairs of a run of log-odds; a candidate without a judgement counts as irrelevant."""
+    rows = [
+        (logit, labels[query_id].get(item_id, 0.0)) for query_id, row in run.items() for item_id, logit in row.items()
+    ]
+    logits, relevance = np.array(rows, np.float64).T
+    return Pairs(logits, relevance)
 
 
 def _table(calibration: Calibration, reports: Mapping[str, CalibrationReport]) -> Table:

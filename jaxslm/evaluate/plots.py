@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 
 LATENCY_TARGET_MS = 500.0
 WIDE_RANGE = 4.0  # largest over smallest value from which on an axis is logarithmic
+Bar = tuple[tuple[float, float], tuple[float, float]]
+"""The ends (x, y) of an error bar, the lower or left one first."""
 DASHES = ((5, 3), (1.5, 2), (7, 2, 1.5, 2))
-_LABEL_PLACES = tuple((9.0 * x, 9.0 * y) for x, y in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1.4), (0, -1.4)))
+_LABEL_PLACES = tuple((9.0 * x, 9.0 * y) for x, y in ((1, 1), (1, -1), (-1, 1), (-1, -1), (1.6, 0), (-1.6, 0)))
+"""Of a name beside a point, in typographic points from it: over and under it is its interval."""
+_END_PLACES = ((1, (3.0, 3.0)), (1, (-3.0, 3.0)), (0, (3.0, -3.0)), (0, (-3.0, -3.0)))
+"""Of a name at an end of the interval, the upper one first, where the way beside the point is crossed."""
+_CROWDED = 40.0  # covered square pixels that weigh as much as being as near to another point as to one's own
 
 
 def frontier(rows: Sequence[Row]) -> Drawing | None:
@@ -37,17 +43,12 @@ def frontier(rows: Sequence[Row]) -> Drawing | None:
         axes.plot(*zip(*best, strict=True), color=LIGHT["muted"], linewidth=1, zorder=1)
         for (row, x, y), marker, role in zip(points, cycle(MARKERS), cycle(SERIES), strict=False):
             _point(axes, row, (x, y), marker, LIGHT[role])
-        floor = _floor([(row.ndcg_ci95 or (y,))[0] for row, _, y in points], [y for _, y in lines])
         for (_, y), dashes in zip(lines, cycle(DASHES), strict=False):
-            if y >= floor:
-                axes.axhline(y, color=LIGHT["muted"], linewidth=1.2, dashes=dashes, zorder=0)
+            axes.axhline(y, color=LIGHT["muted"], linewidth=1.2, dashes=dashes, zorder=1)
         axes.margins(y=0.1)
         edge = axes.get_xlim()[1]  # outside, where nothing is crossed
-        _label_ends(axes, [(f"{_shortened(row.name, 20)}, {y:.3f}", edge, y) for row, y in lines if y >= floor])
-        _label_below(axes, [f"{row.name}, {y:.3f}" for row, y in lines if y < floor])
-        occupied = [(x, low, high) for row, x, y in points for low, high in [row.ndcg_ci95 or (y, y)]]
-        levels = [y for _, y in lines if y >= floor]
-        _label_points(axes, [(row.name, x, y) for row, x, y in points], occupied, best, levels)
+        _label_ends(axes, [(f"{_shortened(row.name, 20)}, {y:.3f}", edge, y) for row, y in lines])
+        _label_points(axes, points, best, [y for _, y in lines])
 
     said = [f"{row.name} {y:.3f} at {x:,.3g} items/s" for row, x, y in points]
     said += [f"{row.name} {y:.3f}" for row, y in lines]
@@ -57,7 +58,8 @@ def frontier(rows: Sequence[Row]) -> Drawing | None:
         440,
         title="nDCG@10 against items/s: " + "; ".join(said),
         caption="Up and to the right is better; the line joins what nothing else beats in both. Vertical bars: 95 %"
-        " interval of the mean over queries. Dashed: references whose speed was not measured.",
+        " interval of the mean over queries; horizontal ones: repeats."
+        + (" Dashed: references whose speed was not measured." if lines else ""),
     )
 
 
@@ -105,7 +107,7 @@ def differences(rows: Sequence[Row]) -> Drawing | None:
             elinewidth=1.2,
             capsize=2.5,
         )
-        axes.axvline(0, color=LIGHT["ink"], linewidth=1.2, zorder=0)
+        axes.axvline(0, color=LIGHT["ink"], linewidth=1.2, zorder=1)
         axes.set_yticks(places, [_shortened(name, 24) for name in names])
         axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="nDCG@10 minus the dense ranker's")
         axes.grid(visible=False, axis="y")
@@ -139,7 +141,7 @@ def load_curve(workload: str, steps: Sequence[LoadStep]) -> Drawing | None:
         axes.set(xlabel="offered load, items/s", ylabel="latency, ms")
         for values, marker, role in zip(lines.values(), MARKERS, SERIES, strict=False):
             axes.plot(loads, values, color=LIGHT[role], marker=marker, markersize=4.5, linewidth=1.4)
-        axes.axhline(LATENCY_TARGET_MS, color=LIGHT["muted"], dashes=DASHES[0], linewidth=1.2, zorder=0)
+        axes.axhline(LATENCY_TARGET_MS, color=LIGHT["muted"], dashes=DASHES[0], linewidth=1.2, zorder=1)
         axes.margins(x=0.12)
         _label_line(axes, f"{LATENCY_TARGET_MS:g} ms", LATENCY_TARGET_MS)
         _label_ends(axes, [(name, loads[-1], values[-1]) for name, values in lines.items()])
@@ -156,16 +158,15 @@ def load_curve(workload: str, steps: Sequence[LoadStep]) -> Drawing | None:
 
 def _point(axes: "Axes", row: Row, place: tuple[float, float], marker: str, colour: str) -> None:
     x, y = place
-    low, high = row.ndcg_ci95 or (y, y)
-    slow, fast = row.items_per_s_p5 or x, row.items_per_s_p95 or x
+    (_, low), (_, high), (slow, _), (fast, _) = [end for bar in _intervals(row, x, y) for end in bar]
     errors = [[max(0.0, y - low)], [max(0.0, high - y)]], [[max(0.0, x - slow)], [max(0.0, fast - x)]]
     axes.errorbar(x, y, *errors, marker=marker, markersize=7, color=colour, elinewidth=1.2, capsize=2.5, zorder=3)
 
 
-def _floor(points: Sequence[float], lines: Sequence[float]) -> float:
-    """Returns the height below which a reference would only press the rest of the plot together."""
-    lowest = min([*points, *([max(lines)] if lines else [])])
-    return lowest - max(0.05, max([*points, *lines]) - lowest)
+def _intervals(row: Row, x: float, y: float) -> list[Bar]:
+    """Returns a row's error bars, the vertical one first; one that was not measured has no length."""
+    low, high = row.ndcg_ci95 or (y, y)
+    return [((x, low), (x, high)), ((row.items_per_s_p5 or x, y), (row.items_per_s_p95 or x, y))]
 
 
 def _undominated(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -187,7 +188,7 @@ def _scale(axes: "Axes", which: str, values: Sequence[float]) -> None:
         axes.set(**{f"{which}scale": "log"})
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 1000 else (1.0,)))
         axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
 def _label_line(axes: "Axes", name: str, height: float) -> None:
@@ -196,46 +197,54 @@ def _label_line(axes: "Axes", name: str, height: float) -> None:
     axes.annotate(name, place, (0, 2.5), xycoords=axis, textcoords="offset points", va="bottom", color=LIGHT["muted"])
 
 
-def _label_below(axes: "Axes", names: Sequence[str]) -> None:
-    """Writes the names of lines that lie below the plot along its lower edge."""
-    if names:
-        text = "below: " + "; ".join(names)
-        axes.annotate(text, (0.994, 0.015), xycoords="axes fraction", ha="right", va="bottom", color=LIGHT["muted"])
-
-
 def _label_points(
     axes: "Axes",
-    points: Sequence[tuple[str, float, float]],
-    bars: Sequence[tuple[float, float, float]],
+    points: Sequence[tuple[Row, float, float]],
     line: Sequence[tuple[float, float]],
     levels: Sequence[float],
 ) -> None:
-    """Writes each point's name beside it, where it covers least of what is there already.
+    """Writes each point's name beside it, where it covers least of what is there already and no other point is as near.
 
     Args:
-        bars: vertical ones, as (x, low, high). line: corners of a line. levels: heights of horizontal lines.
+        points: (row, x, y) of each. line: corners of a line. levels: heights of horizontal lines.
     """
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     pixels = axes.transData.transform
-    places = [pixels((x, y)) for _, x, y in points]
-    taken = [_box(x - 6, y - 6, x + 6, y + 6) for x, y in places]
-    taken += [_box(*pixels((x, low)) - 3, *pixels((x, high)) + 3) for x, low, high in bars]
+    intervals = [_intervals(row, x, y) for row, x, y in points]
+    heads = [_box(*pixels((x, y)) - 6, *pixels((x, y)) + 6) for _, x, y in points]
+    bars, across = ([_box(*pixels(a) - 1, *pixels(b) + 1) for a, b in each] for each in zip(*intervals, strict=True))
+    taken = [*heads, *bars, *across]
     for start, end in pairwise(pixels(line)):
         taken += [_box(*place - 3, *place + 3) for place in np.linspace(start, end, 40)]
     taken += [text.get_window_extent() for text in axes.texts]
     inside = axes.get_window_extent()
     heights = [pixels((points[0][1], level))[1] for level in levels]
     taken += [_box(inside.x0, height - 2, inside.x1, height + 2) for height in heights]
-    for name, x, y in points:
-        covered = []
-        for offset in _LABEL_PLACES:
-            text = _annotate(axes, name, (x, y), offset)
+    for index, (row, x, y) in enumerate(points):
+        tried = [((x, y), offset) for offset in _LABEL_PLACES]
+        tried += [(intervals[index][0][end], offset) for end, offset in _END_PLACES]
+        costs = []
+        for place, offset in tried:
+            text = _annotate(axes, row.name, place, offset)
             box = text.get_window_extent()
             text.remove()
             outside = box.width * box.height - _overlap(box, inside)
-            covered.append(round(sum(_overlap(box, other) for other in taken) + 3 * outside))
-        text = _annotate(axes, name, (x, y), _LABEL_PLACES[covered.index(min(covered))])
+            covered = sum(_overlap(box, other) for other in taken) + 3 * outside
+            crowding = _crowding(box, heads, index) + _crowding(box, bars, index)
+            costs.append(round(covered + _CROWDED * crowding))
+        text = _annotate(axes, row.name, *tried[costs.index(min(costs))])
         taken.append(text.get_window_extent())
+
+
+def _crowding(label: "Bbox", marks: Sequence["Bbox"], own: int) -> float:
+    """Returns how far a label's middle line is from its own mark, as a share of the way to the nearest other one."""
+    middle = (label.y0 + label.y1) / 2
+    away = [
+        np.hypot(max(label.x0 - mark.x1, 0.0, mark.x0 - label.x1), max(middle - mark.y1, 0.0, mark.y0 - middle))
+        for mark in marks
+    ]
+    others = away[:own] + away[own + 1 :]
+    return float(away[own] / max(1.0, min(others))) if others else 0.0
 
 
 def _annotate(axes: "Axes", name: str, place: tuple[float, float], offset: tuple[float, float]) -> "Annotation":
@@ -245,8 +254,8 @@ def _annotate(axes: "Axes", name: str, place: tuple[float, float], offset: tuple
         place,
         offset,
         textcoords="offset points",
-        ha="center" if right == 0 else "left" if right > 0 else "right",
-        va="bottom" if up > 0 else "top",
+        ha="left" if right > 0 else "right",
+        va="center" if up == 0 else "bottom" if up > 0 else "top",
     )
 
 

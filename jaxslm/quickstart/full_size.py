@@ -84,17 +84,21 @@ class FullSize(Pipeline):
             ("Recovery", "The ranker teaches the pruned one.", self._recover, self.recovered, self.pruned),
             ("Compressor", "Items as 1 or 8 vectors.", self._train_compressor, self.compressed, self.recovered),
         ]
-        stages = [Stage(title, words, 0, run, result, parent) for title, words, run, result, parent in trained]
-        stages.append(Stage("Catalogue", "Every item's vectors, int8, in LMDB.", 0, self._encode, self.encoded))
+        stages = [Stage(title, words, None, run, result, parent) for title, words, run, result, parent in trained]
+        vectors = "Every item's vectors, int8, in LMDB."
+        stages.append(Stage("Catalogue", vectors, None, self._encode, self.encoded, measured=[self.compressed]))
         for split in SPLITS:
             run, done = partial(self._evaluate_split, split), self.evaluations / split / "done"
-            stages.append(Stage(f"Quality, {split}", "Held-out queries.", 0, run, done))
-        stages.append(Stage("Speed", "Whole requests, host work included.", 0, self._measure_speed, self.speed))
+            stages.append(Stage(f"Quality, {split}", "Held-out queries.", None, run, done, measured=self.measured))
+        whole = "Whole requests, host work included."
+        stages.append(Stage("Speed", whole, None, self._measure_speed, self.speed, measured=self.measured))
         for model, workload in self._bench:
             run, done = partial(self._bench_score, model, workload), self._bench_file(model, workload)
-            stages.append(Stage(f"Device, {model}, {workload}", "Beside the floor of this device.", 0, run, done))
-        stages.append(Stage("Weights", "The recovered ranker in int8.", 0, self._pack, self.int8))
-        stages.append(Stage("Report", "Tables and plots.", 0, self._report, self.report))
+            title, measured = f"Device, {model}, {workload}", [self._out / model]
+            stages.append(Stage(title, "Beside the floor of this device.", None, run, done, measured=measured))
+        weights = "The recovered ranker in int8."
+        stages.append(Stage("Weights", weights, None, self._pack, self.int8, measured=[self.recovered]))
+        stages.append(Stage("Report", "Tables and plots.", None, self._report, self.report, measured=self.measured))
         return stages
 
     def results_of(self, split: str) -> Path:

@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from jaxslm.atomic import new_file
 from jaxslm.checkpoint import load_checkpoint
 from jaxslm.compress.encoder import identity_of
 from jaxslm.compress.splice import text_of
-from jaxslm.config import RankerConfig
-from jaxslm.data_files import Item
+from jaxslm.config import Calibration, RankerConfig
+from jaxslm.data_files import Item, Query
 from jaxslm.errors import InputError
-from jaxslm.evaluate.candidates import candidates
+from jaxslm.evaluate.calibrate import pairs_of
+from jaxslm.evaluate.calibration import calibration_report
+from jaxslm.evaluate.candidates import Bm25, candidates
 from jaxslm.evaluate.checkpoints import evaluate_bi_encoder, evaluate_loaded, evaluate_store, read_split
-from jaxslm.evaluate.metrics import has_relevant
+from jaxslm.evaluate.metrics import has_relevant, labels_of
 from jaxslm.evaluate.rerank import Report, sample_queries
 from jaxslm.evaluate.significance import paired_bootstrap
 from jaxslm.items.lookup import ItemVectors
@@ -28,17 +30,22 @@ from jaxslm.items.store import Store, open_store
 from jaxslm.model.cost import count_parameters, linear_flops_per_token, scoring_flops
 from jaxslm.progress import progress
 from jaxslm.quickstart.settings import MeasureSettings
+from jaxslm.quickstart.stages import identity
+from jaxslm.score.bi_encoder import BiEncoder
 from jaxslm.score.buckets import few_buckets
 from jaxslm.score.compressed import VectorScorer
 from jaxslm.score.forward import PackRequest
 from jaxslm.score.parallel import device_name
-from jaxslm.score.scorer import Ranker, VectorRequest
+from jaxslm.score.scorer import Ranker, VectorRequest, compute_dtype
 
 SPLIT = "dev"
 DENSE = "full text"
 BI_ENCODER = "bi-encoder"
 """The contrastive stage, by the cosine of its states."""
+CALIBRATION = "P(yes) against labels; a candidate without a judgement counts as irrelevant"
 
+Run = Callable[[], object]
+"""Scores every item of every request."""
 Requests = Sequence[tuple[str, list[Item]]]
 """(query, items) of each request."""
 
@@ -61,10 +68,14 @@ def evaluate(
     folder: Path,
     split: str = SPLIT,
 ) -> None:
-    """Writes `folder/NAME.json` of each ranker and of the bi-encoder that stage 1 is; files that are there stay."""
+    """Writes `folder/NAME.json` of each ranker and of the bi-encoder that stage 1 is.
+
+    Files that are there stay, unless they are of another checkpoint than the one that is there now.
+    """
     options = {"candidates": settings.candidates, "limit": settings.queries}
+    labels = labels_of(read_split(data, split)[1])
     for each in contestants:
-        if (path := _file_of(folder, each.name)).exists():
+        if _is_of(path := _file_of(folder, each.name), each.model):
             continue
         ranker = _load(each.model)
         if each.store is None:
@@ -72,40 +83,48 @@ def evaluate(
         else:
             with open_store(str(each.store), read_only=True) as store:
                 report = evaluate_store(ranker, store, data, split, name=each.name, **options)
-        _write(path, _evaluated(report))
-    if not (path := _file_of(folder, BI_ENCODER)).exists():
+        content = _evaluated(report, each.model)
+        pairs = pairs_of(report.run, labels)
+        content["row"]["calibration"] = asdict(calibration_report(Calibration().apply(pairs.logits), pairs.labels))
+        content["conditions"]["calibration"] = CALIBRATION
+        _write(path, content)
+    if not _is_of(path := _file_of(folder, BI_ENCODER), encoder):
         checkpoint = load_checkpoint(encoder)
         report = evaluate_bi_encoder(
             checkpoint, data, split, name=BI_ENCODER, max_item_tokens=max_item_tokens, **options
         )
-        _write(path, _evaluated(report))
+        _write(path, _evaluated(report, encoder))
 
 
-def measure_speed(contestants: Sequence[Contestant], data: Path, settings: MeasureSettings, out: Path) -> None:
-    """Writes the speed and the cost of an item of each ranker, in turns on the same requests, after a first run.
+def measure_speed(
+    contestants: Sequence[Contestant],
+    encoder: Path,
+    max_item_tokens: int,
+    data: Path,
+    settings: MeasureSettings,
+    out: Path,
+) -> None:
+    """Writes the speed of each ranker, of the bi-encoder and of BM25, and what an item costs the rankers.
 
-    A run is all that a request needs: the prompt's tokens or the look-up in the store, packing, scoring.
+    They take turns on the same requests, after a first run. A ranker's run is all that a request needs: the prompt's
+    tokens or the look-up in the store, packing, scoring. What the others can do before a query comes is done before.
     """
-    requests = _requests_of(data, settings)
+    postings, queries = read_split(data, SPLIT)
+    requests = _requests_of(postings, queries, settings)
     with ExitStack() as stack:
         runs = {each.name: _run_of(each, requests, stack) for each in contestants}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        with progress() as bar:
-            task = bar.add_task("measuring speed", total=len(runs) * (1 + settings.repeats))
-            for repeat in range(1 + settings.repeats):
-                for name, run in runs.items():
-                    start = time.perf_counter()
-                    run()
-                    if repeat:  # the first one compiles
-                        seconds[name].append(time.perf_counter() - start)
-                    bar.advance(task)
-        items = sum(len(chosen) for _, chosen in requests)
-        rows = {
-            name: _speed_row(items / np.array(seconds[name])) | _cost(run.ranker.config, run.packed())
-            for name, run in runs.items()
+        references = {
+            BI_ENCODER: _bi_encoder_run(encoder, max_item_tokens, requests),
+            "BM25": _bm25_run(postings, requests),
         }
+        seconds = _timed(runs | references, settings.repeats)
+        items = sum(len(chosen) for _, chosen in requests)
+        rows = {name: _speed_row(items / np.array(each)) for name, each in seconds.items()}
+        for name, run in runs.items():
+            rows[name] |= _cost(run.ranker.config, run.packed())
     how = (
-        f"{len(requests)} requests, {items} items in all; median of {settings.repeats} runs after a first one, in turns"
+        f"{len(requests)} requests, {items} items in all; median of {settings.repeats} runs after a first one, in"
+        f" turns; the bi-encoder's postings encoded and BM25's index of all {len(postings):,} built before"
     )
     _write(out, {"rows": rows, "conditions": {"speed": how, "device": device_name(), "jax": jax.__version__}})
 
@@ -205,6 +224,35 @@ def _run_of(contestant: Contestant, requests: Requests, stack: ExitStack) -> _Te
     return _StoreRun(ranker, ranker.vector_scorer, requests, store)
 
 
+def _bi_encoder_run(encoder: Path, max_item_tokens: int, requests: Requests) -> Run:
+    """Encodes queries and takes cosines; the first call encodes the postings too."""
+    checkpoint = load_checkpoint(encoder)
+    model = BiEncoder(checkpoint.config.model, checkpoint.prompt, compute_dtype(), max_item_tokens=max_item_tokens)
+    model.load(checkpoint.params)
+    return lambda: [model.score(query, items) for query, items in requests]
+
+
+def _bm25_run(postings: Mapping[str, Item], requests: Requests) -> Run:
+    """Finds the items of the requests, which are BM25's own, as search does: it scores all postings for them."""
+    index = Bm25(postings)
+    return lambda: [index.search(query, len(items)) for query, items in requests]
+
+
+def _timed(runs: Mapping[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Returns the seconds of each call of each, in turns; the first calls, which compile, do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with progress() as bar:
+        task = bar.add_task("measuring speed", total=len(runs) * (1 + repeats))
+        for repeat in range(1 + repeats):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                if repeat:
+                    seconds[name].append(time.perf_counter() - start)
+                bar.advance(task)
+    return seconds
+
+
 def _cost(config: RankerConfig, requests: Sequence[PackRequest]) -> dict[str, float]:
     """Returns what an item costs, tokens that the ranker reads of it and arithmetic, and the ranker's size."""
     model = config.model
@@ -221,9 +269,8 @@ def _cost(config: RankerConfig, requests: Sequence[PackRequest]) -> dict[str, fl
     }
 
 
-def _requests_of(data: Path, settings: MeasureSettings) -> Requests:
-    """Returns held-out queries, each with as many of BM25's candidates as a request has items."""
-    items, queries = read_split(data, SPLIT)
+def _requests_of(items: Mapping[str, Item], queries: Sequence[Query], settings: MeasureSettings) -> Requests:
+    """Returns queries, each with as many of BM25's candidates as a request has items."""
     eligible = [query for query in queries if has_relevant({judged.id: judged.label for judged in query.items})]
     chosen = sample_queries(eligible, settings.speed_requests)
     lists = candidates(chosen, items, settings.speed_items)
@@ -238,10 +285,16 @@ def _speed_row(rates: np.ndarray) -> dict[str, float]:
     return {"items_per_s": middle, "items_per_s_p5": low, "items_per_s_p95": high}
 
 
-def _evaluated(report: Report) -> dict[str, Any]:
+def _is_of(path: Path, model: Path) -> bool:
+    """Returns whether a file of `evaluate` is there and of this checkpoint."""
+    return path.exists() and read_json(path).get("model") == identity(model)
+
+
+def _evaluated(report: Report, model: Path) -> dict[str, Any]:
     """What is kept of a report: the speed of an evaluation, compilation included, is not."""
     *baselines, row = report.to_result()["rows"]
     return {
+        "model": identity(model),
         "row": {name: value for name, value in row.items() if name not in ("items_per_s", "seconds")},
         "baselines": baselines,
         "ndcg_per_query": report.ranker.per_query(),

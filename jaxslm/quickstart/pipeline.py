@@ -80,6 +80,7 @@ class Pipeline:
         self.encoded, self.evaluations, self.speed = out / "encoded.json", out / "evaluations", out / "speed.json"
         self.results, self.report, self.exported = out / "results.json", out / "report", out / "hf"
         self.served = out / "served.json"
+        self.measured = [self.encoder, self.ranker, self.recovered, self.compressed]
 
     def stages(self) -> list[Stage]:
         """All stages in order."""
@@ -87,14 +88,14 @@ class Pipeline:
             Stage(
                 "Data",
                 "923 occupations as job postings (O*NET), searches with the postings that fit them, and a small"
-                " language model, SmolLM2-135M. 300 MB to download.",
-                30,
+                " language model, SmolLM2-135M. 247 MB to download.",
+                (11, 24),
                 self._fetch_data,
             ),
             Stage(
                 "Model",
                 "From its 4-bit file to a checkpoint that JAX computes with.",
-                20,
+                (10, 20),
                 self._convert,
                 self.start,
             ),
@@ -102,7 +103,7 @@ class Pipeline:
                 "First lessons",
                 "The first 6 of its 30 layers learn to give a search and a fitting posting similar states (contrastive"
                 " training).",
-                180,
+                (131, 218),
                 self._train_encoder,
                 self.encoder,
                 self.start,
@@ -110,7 +111,7 @@ class Pipeline:
             Stage(
                 "Ranker",
                 "It learns to read a search and a posting together and to answer yes or no; P(yes) is the order.",
-                110,
+                (70, 129),
                 self._train_ranker,
                 self.ranker,
                 self.encoder,
@@ -118,7 +119,7 @@ class Pipeline:
             Stage(
                 "Pruning",
                 "A third of the neurons go; those that stay are fitted to what the whole ranker computed.",
-                60,
+                (41, 79),
                 self._prune,
                 self.pruned,
                 self.ranker,
@@ -126,7 +127,7 @@ class Pipeline:
             Stage(
                 "Recovery",
                 "The whole ranker teaches the pruned one what it lost (distillation).",
-                80,
+                (49, 82),
                 self._recover,
                 self.recovered,
                 self.pruned,
@@ -134,7 +135,7 @@ class Pipeline:
             Stage(
                 "Compressor",
                 "A posting becomes 1 or 8 vectors that the ranker reads in place of its text.",
-                150,
+                (112, 216),
                 self._train_compressor,
                 self.compressed,
                 self.recovered,
@@ -142,27 +143,44 @@ class Pipeline:
             Stage(
                 "Catalogue",
                 "All postings become vectors, once, and lie ready in a store (LMDB).",
-                30,
+                (25, 48),
                 self._encode,
                 self.encoded,
+                measured=[self.compressed],
             ),
             Stage(
                 "Quality",
                 "Searches that no stage has seen: does each ranker put the fitting postings first?",
-                150,
+                (118, 227),
                 self._evaluate,
                 self.evaluations / "done",
+                measured=self.measured,
             ),
-            Stage("Speed", "How many postings a second does each score?", 40, self._measure_speed, self.speed),
-            Stage("Export", "The pruned ranker as a folder for `transformers`.", 5, self._export, self.exported),
+            Stage(
+                "Speed",
+                "How many postings a second does each score?",
+                (32, 59),
+                self._measure_speed,
+                self.speed,
+                measured=self.measured,
+            ),
+            Stage(
+                "Export",
+                "The pruned ranker as a folder for `transformers`.",
+                (3, 5),
+                self._export,
+                self.exported,
+                measured=[self.recovered],
+            ),
             Stage(
                 "Server",
                 "Scoring over HTTP: a request of each kind.",
-                30,
+                (15, 30),
                 lambda: self.serve(stay=False),
                 self.served,
+                measured=[self.compressed],
             ),
-            Stage("Report", "Tables and plots as a page.", 5, self._report, self.report),
+            Stage("Report", "Tables and plots as a page.", (3, 5), self._report, self.report, measured=self.measured),
         ]
 
     def serve(self, *, stay: bool) -> None:
@@ -273,7 +291,8 @@ class Pipeline:
         (self.evaluations / "done").touch()
 
     def _measure_speed(self) -> None:
-        measure_speed(self.contestants(), self.jobs, self._settings.measure, self.speed)
+        tokens = self._encoder_training.data.max_item_tokens
+        measure_speed(self.contestants(), self.encoder, tokens, self.jobs, self._settings.measure, self.speed)
 
     def _export(self) -> None:
         export_hf(self.recovered, self.exported)

@@ -117,9 +117,13 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 def _stay(url: str) -> None:
     console().print(f"[bold]Try it: {url}[/bold] in a browser, {url}/docs for programs. Ctrl-C stops the server.")
     try:
-        threading.Event().wait()
+        _wait_for_ctrl_c()
     except KeyboardInterrupt:
         console().print("Stopping the server.")
+
+
+def _wait_for_ctrl_c() -> None:
+    threading.Event().wait()
 
 
 def _write_buckets(model: Path, folder: Path) -> Path:

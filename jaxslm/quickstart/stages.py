@@ -1,13 +1,13 @@
 """Stages: each says what it does, is skipped if its result is there, and leaves a line in the log of the folder."""
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxslm.checkpoint import load_manifest
+from jaxslm.config import Settings
 from jaxslm.errors import InputError
 from jaxslm.progress import console
 
@@ -19,40 +19,51 @@ class Stage:
     """One step of the pipeline.
 
     Attributes:
-        title, words: what it is and what it does, for someone who does not know yet. expected_s: on two idle cores.
+        title, words: what it is and what it does, for someone who does not know yet.
+        expected_s: on two idle cores with AVX-512, and without; None if nobody measured it.
         run: makes the result; raises KeyboardInterrupt if it was stopped and can go on.
         result: appears when all is done; None if the stage looks for itself what there is to do.
         parent: the checkpoint that `result`, a checkpoint too, is made from.
+        measured: the checkpoints that `result`, no checkpoint, tells about.
     """
 
     title: str
     words: str
-    expected_s: int
+    expected_s: tuple[int, int] | None
     run: Callable[[], object]
     result: Path | None = None
     parent: Path | None = None
+    measured: Sequence[Path] = ()
+
+
+class _Entry(Settings):
+    """A line of the log: a stage, how long it took, and `identity` of what it measured, by name of the folder."""
+
+    stage: str
+    seconds: float
+    measured: dict[str, str] = {}
 
 
 def run_stages(stages: Sequence[Stage], out: Path) -> None:
     """Runs what is not done yet, in order.
 
     Raises:
-        InputError: a checkpoint that is there was made from another one than the stage before it made.
+        InputError: what is there was made from another checkpoint than the one that is there.
     """
     for number, stage in enumerate(stages, start=1):
         head = f"[bold]{number}/{len(stages)} {stage.title}.[/bold] "
         if stage.result is not None and stage.result.exists():
             _check_parent(stage.result, stage.parent)
+            _check_measured(stage.result, stage.measured, _logged(out, stage.title))
             console().print(head + f"Done already: {stage.result}")
             continue
-        about = f" About {_duration(stage.expected_s)} on two cores." if stage.expected_s >= 10 else ""
-        console().print(head + stage.words + about)
+        console().print(head + stage.words + _expected(stage.expected_s))
         start = time.perf_counter()
         try:
             stage.run()
         finally:
             seconds = time.perf_counter() - start
-            _write_log(out, stage.title, seconds)
+            _write_log(out, stage, seconds)
         if seconds >= 1:
             console().print(f"    {_duration(seconds)}", style="dim")
 
@@ -60,12 +71,8 @@ def run_stages(stages: Sequence[Stage], out: Path) -> None:
 def seconds_by_stage(out: Path) -> dict[str, float]:
     """Returns the seconds that each stage took in all, also over runs that were interrupted."""
     seconds: dict[str, float] = {}
-    for line in (out / LOG).read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-            seconds[entry["stage"]] = round(seconds.get(entry["stage"], 0.0) + entry["seconds"], 1)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{out / LOG}: damaged ({error!r}); remove it") from None
+    for entry in _read_log(out):
+        seconds[entry.stage] = round(seconds.get(entry.stage, 0.0) + entry.seconds, 1)
     return seconds
 
 
@@ -82,9 +89,49 @@ def _check_parent(result: Path, parent: Path | None) -> None:
         raise InputError(f"{result}: made from another {parent.name} than the one beside it; remove it to make it anew")
 
 
-def _write_log(out: Path, title: str, seconds: float) -> None:
+def _check_measured(result: Path, measured: Sequence[Path], known: Mapping[str, str]) -> None:
+    for checkpoint in measured:
+        if not checkpoint.exists():  # as above
+            continue
+        now, name = identity(checkpoint), checkpoint.name
+        if known.get(name, now) != now:
+            raise InputError(f"{result}: of another {name} than the one beside it; remove it to make it anew")
+
+
+def identity(checkpoint: Path) -> str:
+    """Returns what tells a checkpoint from others: the hash of its parameters, and those of its further items."""
+    manifest = load_manifest(checkpoint)
+    return " ".join([manifest.params_sha256, *(manifest.extra[name].sha256 for name in sorted(manifest.extra))])
+
+
+def _logged(out: Path, title: str) -> dict[str, str]:
+    """Returns of which checkpoints a stage's result is, by name; nothing of a log that older versions wrote."""
+    if not (out / LOG).exists():
+        return {}
+    return next((entry.measured for entry in reversed(_read_log(out)) if entry.stage == title), {})
+
+
+def _read_log(out: Path) -> list[_Entry]:
+    try:
+        return [_Entry.model_validate_json(line) for line in (out / LOG).read_bytes().splitlines()]
+    except ValueError:
+        raise InputError(f"{out / LOG}: damaged; remove it") from None
+
+
+def _write_log(out: Path, stage: Stage, seconds: float) -> None:
+    measured = {checkpoint.name: identity(checkpoint) for checkpoint in stage.measured if checkpoint.exists()}
+    entry = _Entry(stage=stage.title, seconds=round(seconds, 2), measured=measured)
     with (out / LOG).open("a", encoding="utf-8") as log:
-        log.write(json.dumps({"stage": title, "seconds": round(seconds, 2)}) + "\n")
+        log.write(entry.model_dump_json(exclude_defaults=True) + "\n")
+
+
+def _expected(seconds: tuple[int, int] | None) -> str:
+    if seconds is None or seconds[1] < 10:
+        return ""
+    low, high = seconds
+    if high < 90:
+        return f" {low} to {high} seconds on two cores."
+    return f" {low / 60:.0f} to {high / 60:.0f} minutes on two cores."
 
 
 def _duration(seconds: float | int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,11 +11,18 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from jaxslm.errors import InputError
+from jaxslm.evaluate import plots
 from jaxslm.evaluate.calibration import calibration_report
-from jaxslm.evaluate.figures import DARK, LIGHT
+from jaxslm.evaluate.figures import DARK, LIGHT, Drawing, draw
+from jaxslm.evaluate.plots import frontier
 from jaxslm.evaluate.report import write_report
+from jaxslm.evaluate.results import Row
 from tests.browser import VIEWS, chromium, keep_screenshot, watched_page
 
 EVIL = "<script>alert(1)</script> | $x_1$ & `b` 雇用"
@@ -132,13 +140,54 @@ def test_svgs_are_well_formed_named_and_follow_the_theme(report: Path) -> None:
 def test_points_and_lines_have_their_names_beside_them(report: Path) -> None:
     frontier = ElementTree.parse(report / "1-frontier-frontier.svg").getroot()
     written = "".join(frontier.itertext())
-    for name in ("full text", "k=8", "BM25, 0.550", "below: random order, 0.200", EVIL[:20]):
+    for name in ("full text", "k=8", "BM25, 0.550", "random order, 0.200", EVIL[:20]):
         assert name in written
     differences = "".join(ElementTree.parse(report / "1-frontier-differences.svg").getroot().itertext())
     assert "k=8" in differences
     assert "full text" not in differences  # it is what others are compared with
     load = "".join(ElementTree.parse(report / "2-serve-load-text-300.svg").getroot().itertext())
     assert all(name in load for name in ("p50", "p95", "p99", "500 ms"))
+
+
+def test_names_lie_free_and_nearest_their_own_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rankers nearly as fast and as good as one another, and wide intervals beside one another."""
+    measured = {
+        "full text": (36.1, 0.452),
+        "pruned": (39.1, 0.465),
+        "compressed k=8": (446.0, 0.449),
+        "compressed k=1": (824.0, 0.456),
+        "bi-encoder": (4200.0, 0.431),
+        "BM25": (180_000.0, 0.215),
+    }
+    rows = [
+        Row(name=name, items_per_s=speed, ndcg_at_10=quality, ndcg_ci95=(quality - 0.08, quality + 0.08))
+        for name, (speed, quality) in measured.items()
+    ]
+    drawn = []
+
+    def keep(plot: Callable[[Axes], None], width: int, height: int, **said: str) -> Drawing:
+        figure = Figure((width / 100, height / 100), layout="constrained")
+        axes = figure.add_subplot()
+        plot(axes)
+        figure.draw_without_rendering()
+        drawn.append(axes)
+        return draw(plot, width, height, **said)
+
+    monkeypatch.setattr(plots, "draw", keep)
+    frontier(rows)
+    [axes] = drawn
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts if isinstance(text, Annotation)}
+    assert boxes.keys() == measured.keys()
+    for name, box in boxes.items():
+        assert not any(box.overlaps(other) for whose, other in boxes.items() if whose != name)
+        away = {}
+        for row in rows:
+            assert row.ndcg_ci95
+            (x, low), (_, high) = (axes.transData.transform((row.items_per_s, y)) for y in row.ndcg_ci95)
+            assert not box.overlaps(Bbox.from_extents(x, low, x, high))
+            across, along = max(box.x0 - x, x - box.x1, 0), max(box.y0 - high, low - box.y1, 0)
+            away[row.name] = np.hypot(across, along)
+        assert min(away, key=away.__getitem__) == name
 
 
 def test_markdown_has_the_table_and_the_plots(report: Path) -> None:
