@@ -1,47 +1,21 @@
-"""Embedding tokens against full text: nDCG@10 with paired intervals, tokens, speed, int8 records, slices, one plot.
+"""Embedding tokens against full text: nDCG@10 with paired intervals, tokens, speed, int8 records, slices.
 
     python scripts/compression_study.py --data demo/jobs --out study compressed compressed-last compressed-no-teacher
     python scripts/compression_study.py --data demo/jobs --split bls --full-text ranker --out study-bls compressed
 
 Each argument is a checkpoint of `jaxslm train compressor`, an arm of the study; all are compared with the ranker of
---full-text, or with what the first one's ranker has become. Writes OUT/compression.json (a result file of `jaxslm
-report`) and OUT/compression.png.
+--full-text, or with what the first one's ranker has become. Writes OUT/compression.json, a result file of `jaxslm
+report`, which draws it.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from jaxslm.atomic import new_folder
 from jaxslm.errors import exit_on_input_error
 from jaxslm.evaluate.checkpoints import read_split
 from jaxslm.evaluate.compression import study
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """nDCG@10 over the places an item takes, a line per arm with its intervals; full text is the last point of each."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    rows = [row for row in result["rows"] if row["records"] != "int8"]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        points = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["tokens_per_item"])
-        means = [row["ndcg_at_10"] for row in points]
-        errors = [
-            [mean - row["ndcg_ci95"][0] for mean, row in zip(means, points, strict=True)],
-            [row["ndcg_ci95"][1] - mean for mean, row in zip(means, points, strict=True)],
-        ]
-        axes.errorbar([row["tokens_per_item"] for row in points], means, yerr=errors, marker="o", capsize=3, label=arm)
-    axes.axhline(rows[0]["bm25_ndcg_at_10"], color="grey", linestyle=":", label="BM25")
-    axes.set(xscale="log", xlabel="places per item behind the query", ylabel="nDCG@10, 95 % intervals")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -68,7 +42,6 @@ def main() -> None:
         )
         result |= {"data": str(options.data), "split": options.split}
         (folder / "compression.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        plot(result, folder / "compression.png")
     rows = [{name: row[name] for name in ("name", "ndcg_at_10", "minus_text", "items_per_s")} for row in result["rows"]]
     print(json.dumps({"out": str(options.out), "rows": rows}))
 

@@ -338,7 +338,7 @@ def _table(content: dict[str, Any]) -> Table:
             row["name"],
             _interval(row, "ndcg_at_10", "ndcg_ci95", ""),
             _interval(row, "ndcg_minus_dense", "ndcg_minus_dense_ci95", "+"),
-            f"{row['items_per_s']:,.1f}" if "items_per_s" in row else "",
+            f"{row['items_per_s']:,.{0 if row['items_per_s'] >= 100 else 1}f}" if "items_per_s" in row else "",
             f"{row['tokens_per_item']:.1f}" if "tokens_per_item" in row else "",
             f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "",
         )

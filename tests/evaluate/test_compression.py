@@ -9,6 +9,7 @@ import pytest
 
 from jaxslm.data_files import Item, Judged, Query
 from jaxslm.evaluate.compression import SLICES, slices_of, study
+from jaxslm.evaluate.report import write_report
 from tests.compress.tiny_compressor import compressor_checkpoint
 from tests.train.toy import write_toy_data
 
@@ -41,7 +42,7 @@ def test_queries_fall_into_their_slices() -> None:
 
 
 @pytest.mark.slow
-def test_the_script_writes_rows_and_a_plot(
+def test_the_script_writes_rows_that_a_report_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_toy_data(tmp_path)
@@ -63,7 +64,8 @@ def test_the_script_writes_rows_and_a_plot(
         assert row["slices"]["all"]["ndcg_at_10"] == pytest.approx(row["ndcg_at_10"])
     assert [row["tokens_per_item"] for row in others] == [2, 3, 3]
     assert text["tokens_per_item"] > 15
-    assert (tmp_path / "study" / "compression.png").stat().st_size > 1000
+    report = write_report([tmp_path / "study" / "compression.json"], tmp_path / "report").parent
+    assert "arm, k = 2" in (report / "compression-frontier.svg").read_text()
 
 
 def test_arms_are_compared_with_the_ranker_that_is_named(tmp_path: Path) -> None:
