@@ -118,6 +118,17 @@ def test_a_query_gives_two_rankings(site: Server, browser: "Browser", view: str)
     assert problems == []
 
 
+def test_words_find_their_plural_and_what_is_not_found_is_said(site: Server, browser: "Browser") -> None:
+    page = watched_page(browser, "light", [])
+    page.goto(site.url)
+    for query, said in (("zebra", True), (f"{TITLES[0].split()[-1]}s", False)):
+        page.get_by_label("What are you looking for?").fill(query)
+        page.keyboard.press("Enter")
+        page.get_by_text("times as fast").wait_for()
+        assert ("No posting has a word of this" in page.locator("#status").inner_text()) == said
+    page.close()
+
+
 def test_it_works_from_the_keyboard_alone(site: Server, browser: "Browser") -> None:
     page = watched_page(browser, "light", [])
     page.goto(site.url)

@@ -70,7 +70,8 @@ async function rankVectors(query, postings, signal) {
 
 // --- BM25 -----------------------------------------------------------------------------------------------------------
 
-const words = (text) => text.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
+// Without the s of plurals: people ask for a developer, and postings are about developers.
+const words = (text) => (text.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? []).map((word) => word.replace(/(?<=\p{L}{2}[^s])s$/u, ""));
 
 function buildIndex(items) {
   const postings = new Map();
@@ -87,6 +88,8 @@ function buildIndex(items) {
   const mean = lengths.reduce((sum, length) => sum + length, 0) / Math.max(1, items.length);
   return { items, postings, lengths, mean };
 }
+
+const isFound = (query) => words(query).some((word) => index.postings.has(word));
 
 function propose(query, depth) {
   const { items, postings, lengths, mean } = index;
@@ -218,7 +221,8 @@ async function rank(event) {
     }
     results.text = await rankText(query, postings, signal);
     show(columns, results);
-    say(summary(results));
+    const unlike = demo.items.length && !isFound(query) ? "No posting has a word of this: these are the first ones. " : "";
+    say(unlike + summary(results));
   } catch (error) {
     if (error.name === "AbortError") return;
     if (!(error instanceof Refusal)) throw error;
