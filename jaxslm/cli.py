@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from jaxslm.bench.commands import bench
-from jaxslm.config import TemplateName
+from jaxslm.config import ComputeDtype, TemplateName
 from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
 from jaxslm.progress import answer
@@ -26,6 +26,12 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 
 Checkpoint = Annotated[Path, typer.Option("--model", help="A checkpoint folder.")]
+ScoringDtype = Annotated[
+    ComputeDtype | None,
+    typer.Option(
+        "--dtype", help="By default float32 on a CPU, where bfloat16 may be faster, and bfloat16 elsewhere."
+    ),
+]
 NewPath = Annotated[Path, typer.Option("--out", help="Where to write; must not exist.")]
 
 
@@ -269,6 +275,7 @@ def score(
         Literal["text", "compressed"], typer.Option(help="compressed: items by id, from --store.")
     ] = "text",
     store: Annotated[str | None, typer.Option("--store", metavar="URL", help="What `jaxslm encode` filled.")] = None,
+    dtype: ScoringDtype = None,
 ) -> None:
     """Score items against queries: P(yes) and log-odds per item, in input order.
 
@@ -280,7 +287,7 @@ def score(
     if (mode == "compressed") != (store is not None):
         raise InputError("--mode compressed and --store belong together")
     keep_compiled_programs()
-    answer(score_file(model, input_file, output, buckets, calibrated=calibrated, store=store))
+    answer(score_file(model, input_file, output, buckets, calibrated=calibrated, store=store, dtype=dtype))
 
 
 @app.command("eval")
@@ -299,6 +306,7 @@ def evaluate(
     max_item_tokens: Annotated[
         int | None, typer.Option(min=1, help="What a bi-encoder reads of an item; by default as much as a row holds.")
     ] = None,
+    dtype: ScoringDtype = None,
 ) -> None:
     """Re-rank BM25 candidates and report nDCG@10, MRR@10 and Recall@10 beside BM25's own.
 
@@ -319,6 +327,7 @@ def evaluate(
             candidates=candidates,
             limit=limit,
             run_out=run_out,
+            dtype=dtype,
         )
     )
 

@@ -15,6 +15,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Family = Literal["llama", "qwen3"]
 TemplateName = Literal["qwen3-reranker", "yes-no", "brief"]
+ComputeDtype = Literal["float32", "bfloat16"]
 
 
 class Settings(BaseModel):

@@ -21,7 +21,7 @@ from jaxslm.evaluate.checkpoints import evaluate_loaded, read_split
 from jaxslm.evaluate.rerank import sample_queries
 from jaxslm.prune.model import PruneSettings
 from jaxslm.prune.study import Calibrated, arms, changed, prune_gradually, recover, row, speed_in_turns
-from jaxslm.score.scorer import load
+from jaxslm.score.scorer import load_few_shapes
 from jaxslm.train.settings import RankerTraining
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         target = next(iter(chosen.values()))
         folder = options.out / "gradual"
         paths["gradual"] = prune_gradually(options.dense, folder, target, recovery, calibrated)
-    rankers = {name: load(path) for name, path in paths.items()}
+    rankers = {name: load_few_shapes(path) for name, path in paths.items()}
     items, queries = read_split(options.data, options.splits[0])
     speed = speed_in_turns(rankers, sample_queries(queries, options.speed_queries), items, k=options.candidates)
     rows, conditions = [], {"settings": base.model_dump(), "splits": {}}

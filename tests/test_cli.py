@@ -61,20 +61,22 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def test_score_writes_what_the_library_returns(run: Run, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_score_writes_what_the_library_returns(run: Run, model: Path, tmp_path: Path, dtype: str | None) -> None:
     texts = ["Writes python.", "Drives a truck.", "x" * 3000]
     requests = write_requests(
         tmp_path / "in.jsonl",
         {"query": "python developer", "items": [{"text": text} for text in texts]},
         {"query": "driver", "items": [{"id": "only", "text": "Drives."}]},
     )
-    code, summary, stderr = run("score", "--model", model, "--input", requests, "--output", tmp_path / "out.jsonl")
+    files = ("--model", model, "--input", requests, "--output", tmp_path / "out.jsonl")
+    code, summary, stderr = run("score", *files, *(("--dtype", dtype) if dtype else ()))
     assert code == 0
     assert summary is not None
     assert (summary["requests"], summary["items"], summary["truncated"]) == (2, 4, 1)
     assert "1 of 4 items were cut" in stderr
     first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
-    ranker = jaxslm.load(model)
+    ranker = jaxslm.load(model, dtype)
     np.testing.assert_allclose(first["scores"], ranker.score("python developer", texts), atol=1e-6)
     assert first["truncated"] == [False, False, True]
     logits = np.array(second["logits"])

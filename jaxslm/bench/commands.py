@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from jaxslm.config import ComputeDtype
 from jaxslm.progress import answer
 
 bench = typer.Typer(help="Measure scoring on this device.")
@@ -16,7 +17,7 @@ NewPath = Annotated[Path, typer.Option("--out", help="Where to write; must not e
 def bench_score(
     workload: Annotated[str, typer.Option(help="full_text, text_300, summary, latent_8 or latent_1.")],
     model: Annotated[str, typer.Option(help="qwen3-0.6b, qwen3-0.6b-pruned, smollm2-135m, or a checkpoint folder.")],
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="By default the device's.")] = None,
+    dtype: Annotated[ComputeDtype | None, typer.Option(help="By default the device's.")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     items: Annotated[int | None, typer.Option(min=1, help="Items of a request, instead of the workload's.")] = None,
     prefix: Annotated[int | None, typer.Option(min=0, help="Shared tokens, instead of the workload's.")] = None,
@@ -66,7 +67,7 @@ def bench_growth(
     model: Annotated[str, typer.Option(help="A model's name or a checkpoint folder.")],
     out: NewPath,
     layers: Annotated[int | None, typer.Option(min=1, help="Only the model's first layers: quicker.")] = None,
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="By default the device's.")] = None,
+    dtype: Annotated[ComputeDtype | None, typer.Option(help="By default the device's.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of a point, fewer of slow ones.")] = 5,
 ) -> None:
     """Measure items/s against items per request, prefix length and item length; writes JSON and plots.
@@ -114,7 +115,7 @@ def bench_peers(
     items: Annotated[int | None, typer.Option(min=1, help="Items of a request, instead of the workload's.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Peers' batch sizes; by default 1 to 50.")] = None,
     torch_compile: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = True,
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="By default the device's.")] = None,
+    dtype: Annotated[ComputeDtype | None, typer.Option(help="By default the device's.")] = None,
 ) -> None:
     """Measure the same workload and weights through transformers and torch, in turns with ours.
 

@@ -6,10 +6,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 from jaxslm.atomic import refuse_existing
 from jaxslm.checkpoint import Checkpoint, load_checkpoint
 from jaxslm.compress.encoder import identity_of
 from jaxslm.compress.splice import text_of
+from jaxslm.config import ComputeDtype
 from jaxslm.data_files import Item, Query, read_items, read_queries
 from jaxslm.errors import InputError
 from jaxslm.evaluate.candidates import CandidateList
@@ -50,10 +54,12 @@ def evaluate_bi_encoder(
     candidates: int = 50,
     limit: int | None = None,
     max_item_tokens: int,
+    dtype: DTypeLike | None = None,
 ) -> Report:
     """Ranks the candidates of a split's queries by the cosine of mean states, as `jaxslm train encoder` learns them."""
     items, queries = read_split(data, split)
-    encoder = BiEncoder(checkpoint.config.model, checkpoint.prompt, compute_dtype(), max_item_tokens=max_item_tokens)
+    used = jnp.dtype(dtype or compute_dtype())
+    encoder = BiEncoder(checkpoint.config.model, checkpoint.prompt, used, max_item_tokens=max_item_tokens)
     encoder.load(checkpoint.params)
     return evaluate_ranker(encoder.score, queries, items, k=candidates, limit=limit, name=name)
 
@@ -124,6 +130,7 @@ def evaluate_checkpoint(
     candidates: int = 50,
     limit: int | None = None,
     run_out: Path | None = None,
+    dtype: ComputeDtype | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint, prints the table and returns a result file (DESIGN: rows and conditions) as a dict.
 
@@ -131,6 +138,7 @@ def evaluate_checkpoint(
         mode: "text" scores whole rows as a ranker; "compressed" reads items as embedding tokens from `store`;
             "bi-encoder" compares mean states of query and item.
         max_item_tokens: of the bi-encoder; the prompt's `max_tokens` if None. A ranker's prompt has its own limit.
+        dtype: compute dtype; float32 on a CPU and bfloat16 elsewhere if None.
 
     Raises:
         InputError: `run_out` exists, or the checkpoint or the data break a rule.
@@ -141,7 +149,8 @@ def evaluate_checkpoint(
         data_file(data, stem)  # missing files are told before the model loads
     if (mode == "compressed") != (store is not None):
         raise InputError("mode compressed and a store belong together")
-    conditions: dict[str, Any] = {"mode": mode}
+    used = jnp.dtype(dtype or compute_dtype())
+    conditions: dict[str, Any] = {"mode": mode, "dtype": used.name}
     if mode == "bi-encoder":
         checkpoint = load_checkpoint(model)
         conditions["max_item_tokens"] = max_item_tokens or checkpoint.config.prompt.max_tokens
@@ -153,6 +162,7 @@ def evaluate_checkpoint(
             candidates=candidates,
             limit=limit,
             max_item_tokens=conditions["max_item_tokens"],
+            dtype=used,
         )
     elif max_item_tokens is not None:
         raise InputError("max_item_tokens is the bi-encoder's: a ranker's rows are cut by its prompt")
@@ -160,10 +170,10 @@ def evaluate_checkpoint(
         with open_store(store, read_only=True) as opened:
             conditions["store"] = opened.url
             report = evaluate_store(
-                load(model), opened, data, split, name=model.name, candidates=candidates, limit=limit
+                load(model, used), opened, data, split, name=model.name, candidates=candidates, limit=limit
             )
     else:
-        report = evaluate_loaded(load(model), data, split, name=model.name, candidates=candidates, limit=limit)
+        report = evaluate_loaded(load(model, used), data, split, name=model.name, candidates=candidates, limit=limit)
     print_report(report)
     if run_out is not None:
         write_run(run_out, report.run, model.name)

@@ -74,18 +74,21 @@ def stages(config: ModelConfig, target: PruneSettings) -> list[tuple[PruneSettin
     """Returns a gradual schedule: neurons in two steps, then layers in two, each with its share of the recovery.
 
     More than half of a model goes only in steps, with training between (Muralidharan et al., 2407.14679); the shares
-    leave most of the training to the last one.
+    leave most of the training to the last one. Steps that would remove nothing are left out.
     """
     first = target.drop_layers // 2
     width, keep, multiple = min(config.mlp_width_by_layer), target.mlp_keep, target.width_multiple
     half = keep and max(keep, (width + keep) // 2 // multiple * multiple)
-    steps: list[tuple[dict[str, Any], float]] = [
-        ({"mlp_keep": half, "drop_layers": 0}, 0.1),
-        ({"mlp_keep": keep, "drop_layers": 0}, 0.15),
-        ({"mlp_keep": None, "by_layer": False, "drop_layers": first}, 0.15),
-        ({"mlp_keep": None, "by_layer": False, "drop_layers": target.drop_layers - first}, 0.6),
+    steps: list[tuple[dict[str, Any], int]] = [
+        *(({"mlp_keep": neurons, "drop_layers": 0}, weight) for neurons, weight in {half: 2, keep: 3}.items()),
+        *(
+            ({"mlp_keep": None, "by_layer": False, "kv_groups_keep": None, "drop_layers": layers}, weight)
+            for layers, weight in ((first, 3), (target.drop_layers - first, 12))
+        ),
     ]
-    return [(target.model_copy(update=changes), share) for changes, share in steps]
+    found = [(target.model_copy(update=changes), weight) for changes, weight in steps]
+    found = [(settings, weight) for settings, weight in found if removes_anything(config, settings)]
+    return [(settings, weight / sum(each for _, each in found)) for settings, weight in found]
 
 
 def prune_gradually(
@@ -95,10 +98,9 @@ def prune_gradually(
     current = dense
     for number, (settings, share) in enumerate(stages(load_manifest(dense).ranker.model, target)):
         pruned, recovered = out / f"{number}-pruned", out / f"{number}-recovered"
-        if removes_anything(load_manifest(current).ranker.model, settings):
-            calibrated.prune(current, pruned, settings)
-            recover(pruned, dense, recovered, recovery, share)
-            current = recovered
+        calibrated.prune(current, pruned, settings)
+        recover(pruned, dense, recovered, recovery, share)
+        current = recovered
     return current
 
 

@@ -32,11 +32,10 @@ from jaxslm.progress import progress
 from jaxslm.quickstart.settings import MeasureSettings
 from jaxslm.quickstart.stages import identity
 from jaxslm.score.bi_encoder import BiEncoder
-from jaxslm.score.buckets import few_buckets
 from jaxslm.score.compressed import VectorScorer
 from jaxslm.score.forward import PackRequest
 from jaxslm.score.parallel import device_name
-from jaxslm.score.scorer import Ranker, VectorRequest, compute_dtype
+from jaxslm.score.scorer import Ranker, VectorRequest, compute_dtype, load_few_shapes
 
 SPLIT = "dev"
 DENSE = "full text"
@@ -72,12 +71,12 @@ def evaluate(
 
     Files that are there stay, unless they are of another checkpoint than the one that is there now.
     """
-    options = {"candidates": settings.candidates, "limit": settings.queries}
+    options: dict[str, Any] = {"candidates": settings.candidates, "limit": settings.queries}
     labels = labels_of(read_split(data, split)[1])
     for each in contestants:
         if _is_of(path := _file_of(folder, each.name), each.model):
             continue
-        ranker = _load(each.model)
+        ranker = load_few_shapes(each.model)
         if each.store is None:
             report = evaluate_loaded(ranker, data, split, name=each.name, **options)
         else:
@@ -166,12 +165,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load(model: Path) -> Ranker:
-    checkpoint = load_checkpoint(model)
-    buckets = few_buckets(jax.default_backend(), checkpoint.config, checkpoint.manifest.compressor)
-    return Ranker(checkpoint, buckets=buckets)
-
-
 class _TextRun:
     """A ranker with requests: calling it scores every item's text."""
 
@@ -215,7 +208,7 @@ class _StoreRun:
 
 
 def _run_of(contestant: Contestant, requests: Requests, stack: ExitStack) -> _TextRun | _StoreRun:
-    ranker = _load(contestant.model)
+    ranker = load_few_shapes(contestant.model)
     if contestant.store is None:
         return _TextRun(ranker, requests)
     if ranker.vector_scorer is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxslm.atomic import new_file, refuse_existing
-from jaxslm.config import BucketConfig, load_toml
+from jaxslm.config import BucketConfig, ComputeDtype, load_toml
 from jaxslm.data_files import Request, read_records
 from jaxslm.errors import InputError
 from jaxslm.progress import console, progress
@@ -27,6 +27,7 @@ def score_file(
     *,
     calibrated: bool = False,
     store: str | None = None,
+    dtype: ComputeDtype | None = None,
 ) -> dict[str, Any]:
     """Scores every request of a file; returns a summary as a JSON-able dict.
 
@@ -41,6 +42,7 @@ def score_file(
         store: URL of an item store; None scores texts.
         buckets: TOML of `jaxslm bench fit-buckets`; the defaults if None.
         calibrated: adds "calibrated": [P(yes)] to every line, by the checkpoint's calibration.
+        dtype: compute dtype; float32 on a CPU and bfloat16 elsewhere if None.
 
     Raises:
         InputError: the output exists, the checkpoint carries no calibration to apply, the store cannot serve it, or
@@ -58,7 +60,7 @@ def score_file(
 
     from jaxslm.score.scorer import load
 
-    ranker = load(model, buckets=fitted)
+    ranker = load(model, dtype, buckets=fitted)
     num_requests, counts = 0, Counter[str]()
     with ExitStack() as stack:
         answer = _text_answers if store is None else _store_answers(ranker, stack.enter_context(_opened(store)))

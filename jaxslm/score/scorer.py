@@ -16,14 +16,14 @@ from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.prompt import EncodedRequest
-from jaxslm.score.buckets import default_buckets, with_vectors
+from jaxslm.score.buckets import default_buckets, few_buckets, with_vectors
 from jaxslm.score.compiled import CompiledScorer, compute_dtype, make_score_fn
 from jaxslm.score.compressed import VectorRequest, Vectors, VectorScorer
 from jaxslm.score.forward import PackRequest
 from jaxslm.score.parallel import scoring_devices
 from jaxslm.score.warmup import warm_up
 
-__all__ = ["Ranker", "Scores", "VectorRequest", "compute_dtype", "load", "make_score_fn"]
+__all__ = ["Ranker", "Scores", "VectorRequest", "compute_dtype", "load", "load_few_shapes", "make_score_fn"]
 
 
 @dataclass(frozen=True)
@@ -202,3 +202,14 @@ def load(
         InputError: no checkpoint there, another format version, a damaged one, or an empty list of devices.
     """
     return Ranker(load_checkpoint(Path(path)), dtype, devices, buckets)
+
+
+def load_few_shapes(path: str | Path) -> Ranker:
+    """Returns the ranker of a checkpoint folder with the shapes of `few_buckets`, for a program that scores one run.
+
+    Raises:
+        InputError: as `load`.
+    """
+    checkpoint = load_checkpoint(Path(path))
+    buckets = few_buckets(jax.default_backend(), checkpoint.config, checkpoint.manifest.compressor)
+    return Ranker(checkpoint, buckets=buckets)

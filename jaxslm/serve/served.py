@@ -59,7 +59,7 @@ class ServedModel:
             buckets = load_toml(Path(settings.buckets), BucketConfig)
         else:
             buckets = serving_buckets(checkpoint.config, platform, checkpoint.manifest.compressor)
-        self.ranker = Ranker(checkpoint, devices=devices, buckets=buckets)
+        self.ranker = Ranker(checkpoint, settings.dtype, devices, buckets)
         max_batch_tokens = settings.max_batch_tokens or PASS_TOKENS[platform][-1] * len(devices)
         self.batcher = Batcher(self.ranker.scorer, metrics, max_batch_tokens, settings.max_wait_ms / 1000)
         self.catalogue: Catalogue | None = None

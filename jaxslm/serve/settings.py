@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from jaxslm.config import NonEmpty, Positive, Settings
+from jaxslm.config import ComputeDtype, NonEmpty, Positive, Settings
 from jaxslm.errors import InputError
 from jaxslm.items.record import StorageDtype
 
@@ -47,6 +47,7 @@ class ServeSettings(Settings):
         host, port: where to listen; port 0 takes a free one.
         buckets: TOML of `jaxslm bench fit-buckets`, the shapes to compile; `jaxslm.serve.buckets.serving_buckets` if
             None.
+        dtype: what scores are computed in; float32 on a CPU and bfloat16 elsewhere if None.
         max_batch_tokens: tokens that are sent to the device together; the largest bucket's, times devices, if None.
         max_wait_ms: how long a request may wait for others to share its forward pass.
         max_queued_requests: requests being prepared or waiting, beyond which new ones get 429. max_open_bodies: the
@@ -68,6 +69,7 @@ class ServeSettings(Settings):
     host: NonEmpty = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     buckets: NonEmpty | None = None
+    dtype: ComputeDtype | None = None
     max_batch_tokens: Positive | None = None
     max_wait_ms: Annotated[float, Field(ge=0)] = 2.0
     max_queued_requests: Positive = 256

@@ -65,12 +65,13 @@ def test_runs_of_other_queries_are_refused(data: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_is_evaluated_as_ranker_and_as_bi_encoder_on_one_list(data: Path, tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "ckpt", tiny_config("llama", num_layers=1), template="yes-no", instruction="?")
     results: dict[str, dict[str, Any]] = {}
-    for mode, options in (("text", {}), ("bi-encoder", {"max_item_tokens": 16})):
+    for mode, options in (("text", {"dtype": "bfloat16"}), ("bi-encoder", {"max_item_tokens": 16})):
         run = tmp_path / f"{mode}.run"
         results[mode] = evaluate_checkpoint(model, data, "dev", mode=mode, candidates=5, run_out=run, **options)  # type: ignore[arg-type]
     conditions = [result["conditions"] for result in results.values()]
     assert [each["mode"] for each in conditions] == ["text", "bi-encoder"]
     assert conditions[1]["max_item_tokens"] == 16
+    assert [each["dtype"] for each in conditions] == ["bfloat16", "float32"]
     assert conditions[0]["candidates"] == conditions[1]["candidates"]
     assert results["text"]["rows"][1] == results["bi-encoder"]["rows"][1]  # BM25 on the same candidates
     runs = [read_run(tmp_path / f"{mode}.run") for mode in results]

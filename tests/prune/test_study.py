@@ -39,8 +39,9 @@ def test_an_arm_changes_some_settings_and_keeps_the_others() -> None:
     ("target", "expected"),
     [
         ({"mlp_keep": 1536, "drop_layers": 8}, [(2304, 0), (1536, 0), (None, 4), (None, 4)]),
-        ({"mlp_keep": 2944, "drop_layers": 1}, [(2944, 0), (2944, 0), (None, 0), (None, 1)]),
-        ({"drop_layers": 3}, [(None, 0), (None, 0), (None, 1), (None, 2)]),
+        ({"mlp_keep": 2944, "drop_layers": 1}, [(2944, 0), (None, 1)]),
+        ({"mlp_keep": 1536}, [(2304, 0), (1536, 0)]),
+        ({"drop_layers": 3}, [(None, 1), (None, 2)]),
     ],
 )
 @pytest.mark.parametrize("by_layer", [False, True])
@@ -89,8 +90,8 @@ def test_pruning_and_recovering_in_stages(tmp_path: Path) -> None:
     target = PruneSettings(drop_layers=1, calibration_tokens=500)
     calibrated = Calibrated(toy / "train.jsonl", toy / "items.jsonl")
     last = prune_gradually(dense, tmp_path / "stages", target, recovery, calibrated)
-    assert {path.name for path in (tmp_path / "stages").glob("[0-3]-*ed")} == {"3-pruned", "3-recovered"}
-    assert load_manifest(last).parent == load_manifest(tmp_path / "stages" / "3-pruned").params_sha256
+    assert {path.name for path in (tmp_path / "stages").glob("[0-3]-*ed")} == {"0-pruned", "0-recovered"}
+    assert load_manifest(last).parent == load_manifest(tmp_path / "stages" / "0-pruned").params_sha256
     assert load_checkpoint(last).config.model.num_layers == 1
     before = load_manifest(last)
     assert prune_gradually(dense, tmp_path / "stages", target, recovery, calibrated) == last

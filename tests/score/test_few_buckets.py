@@ -1,5 +1,8 @@
 """The few shapes of one run: they hold whatever the prompt allows, and fit what it usually makes."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,8 +11,9 @@ from jaxslm.config import CompressorConfig, PromptConfig, RankerConfig
 from jaxslm.score.buckets import few_buckets
 from jaxslm.score.forward import PackRequest
 from jaxslm.score.packing import Packer
+from jaxslm.score.scorer import load_few_shapes
 from tests.score.test_packing import COMPRESSOR
-from tests.tiny import tiny_config, tiny_ranker_config
+from tests.tiny import tiny_config, tiny_ranker, tiny_ranker_config
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 
@@ -65,3 +69,11 @@ def test_vectors_of_every_k_have_shapes_behind_both_prefixes(platform: str, text
         of_k = [bucket for bucket in buckets if bucket.vectors_per_item == k]
         assert {bucket.item_tokens for bucket in of_k} == {k + 1 + text_tokens}
         assert {bucket.prefix_tokens for bucket in of_k} == {64, 128}
+
+
+def test_a_ranker_of_few_shapes_gives_the_scores_of_one_of_many(tmp_path: Path) -> None:
+    many = tiny_ranker(tmp_path / "ranker", template="brief", max_tokens=176, max_item_tokens=92)
+    few = load_few_shapes(tmp_path / "ranker")
+    texts = ["a nurse", "a baker", "a pilot"]
+    np.testing.assert_allclose(few.score("who bakes?", texts), many.score("who bakes?", texts), rtol=1e-5)
+    assert len(few.scorer.packer.config.buckets) < len(many.scorer.packer.config.buckets) / 10

@@ -57,8 +57,8 @@ def asked(server: Server, method: str, path: str, **options: Any) -> int:
 
 @pytest.fixture(scope="module")
 def guarded(files: dict[str, Any]) -> Iterator[Server]:
-    """A server that wants a key and has scored nothing yet."""
-    with running(ServeSettings(**files, watchdog_s=0.05), KEYS) as server:
+    """A server that wants a key, computes in bfloat16 and has scored nothing yet."""
+    with running(ServeSettings(**files, dtype="bfloat16", watchdog_s=0.05), KEYS) as server:
         yield server
 
 
@@ -151,7 +151,7 @@ def test_every_reason_is_known() -> None:
 def test_the_model_in_service_is_named(guarded: Server) -> None:
     engine: Engine = guarded.service.engine
     [(device, dtype, model)] = samples(engine.metrics, "jaxslm_model_info")
-    assert (model, dtype) == (engine.model.name, "float32")
+    assert (model, dtype) == (engine.model.name, "bfloat16")
     assert "cores" in device
     assert samples(engine.metrics, "jaxslm_num_requests_waiting") == {(): 0}
 
