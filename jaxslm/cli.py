@@ -28,9 +28,7 @@ app.add_typer(bench, name="bench")
 Checkpoint = Annotated[Path, typer.Option("--model", help="A checkpoint folder.")]
 ScoringDtype = Annotated[
     ComputeDtype | None,
-    typer.Option(
-        "--dtype", help="By default float32 on a CPU, where bfloat16 may be faster, and bfloat16 elsewhere."
-    ),
+    typer.Option("--dtype", help="By default float32 on a CPU, where bfloat16 may be faster, and bfloat16 elsewhere."),
 ]
 NewPath = Annotated[Path, typer.Option("--out", help="Where to write; must not exist.")]
 

@@ -13,9 +13,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 from jaxslm.atomic import new_file
-from jaxslm.config import load_toml
+from jaxslm.config import ComputeDtype, load_toml
 from jaxslm.errors import exit_on_input_error
 from jaxslm.evaluate.checkpoints import evaluate_loaded, read_split
 from jaxslm.evaluate.rerank import sample_queries
@@ -46,6 +47,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="queries of each split")
     parser.add_argument("--candidates", type=int, default=50)
     parser.add_argument("--speed-queries", type=int, default=10)
+    parser.add_argument(
+        "--dtype", choices=get_args(ComputeDtype), help="scores of all rankers; the device's by default"
+    )
     for name, field in PruneSettings.model_fields.items():
         if name not in ("criterion", "refit", "by_layer"):
             kind = str if name == "depth_criterion" else int
@@ -73,10 +77,10 @@ def main() -> None:
         target = next(iter(chosen.values()))
         folder = options.out / "gradual"
         paths["gradual"] = prune_gradually(options.dense, folder, target, recovery, calibrated)
-    rankers = {name: load_few_shapes(path) for name, path in paths.items()}
+    rankers = {name: load_few_shapes(path, options.dtype) for name, path in paths.items()}
     items, queries = read_split(options.data, options.splits[0])
     speed = speed_in_turns(rankers, sample_queries(queries, options.speed_queries), items, k=options.candidates)
-    rows, conditions = [], {"settings": base.model_dump(), "splits": {}}
+    rows, conditions = [], {"settings": base.model_dump(), "dtype": rankers["dense"].dtype.name, "splits": {}}
     lists = {"candidates": options.candidates, "limit": options.limit}
     for split in options.splits:
         dense = evaluate_loaded(rankers["dense"], options.data, split, name="dense", **lists)

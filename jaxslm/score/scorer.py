@@ -204,12 +204,15 @@ def load(
     return Ranker(load_checkpoint(Path(path)), dtype, devices, buckets)
 
 
-def load_few_shapes(path: str | Path) -> Ranker:
+def load_few_shapes(path: str | Path, dtype: DTypeLike | None = None) -> Ranker:
     """Returns the ranker of a checkpoint folder with the shapes of `few_buckets`, for a program that scores one run.
+
+    Args:
+        dtype: as in `load`.
 
     Raises:
         InputError: as `load`.
     """
     checkpoint = load_checkpoint(Path(path))
     buckets = few_buckets(jax.default_backend(), checkpoint.config, checkpoint.manifest.compressor)
-    return Ranker(checkpoint, buckets=buckets)
+    return Ranker(checkpoint, dtype, buckets=buckets)
