@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from jaxslm.atomic import new_file
 from jaxslm.config import ComputeDtype, load_toml
@@ -80,11 +80,12 @@ def main() -> None:
     rankers = {name: load_few_shapes(path, options.dtype) for name, path in paths.items()}
     items, queries = read_split(options.data, options.splits[0])
     speed = speed_in_turns(rankers, sample_queries(queries, options.speed_queries), items, k=options.candidates)
-    rows, conditions = [], {"settings": base.model_dump(), "dtype": rankers["dense"].dtype.name, "splits": {}}
+    splits: dict[str, Any] = {}
+    rows, conditions = [], {"settings": base.model_dump(), "dtype": rankers["dense"].dtype.name, "splits": splits}
     lists = {"candidates": options.candidates, "limit": options.limit}
     for split in options.splits:
         dense = evaluate_loaded(rankers["dense"], options.data, split, name="dense", **lists)
-        conditions["splits"][split] = dense.conditions()
+        splits[split] = dense.conditions()
         for name, ranker in rankers.items():
             report = dense if name == "dense" else evaluate_loaded(ranker, options.data, split, name=name, **lists)
             measured = row(f"{name}, {split}", report, dense, ranker)
