@@ -6,7 +6,8 @@
         --arm last drop_layers=2 --arm influence drop_layers=2 depth_criterion=block-influence
 
 Checkpoints in --out are reused, so a stopped study goes on. Prints one JSON object last and writes it to
-OUT/result.json, a result file for `jaxslm report`.
+OUT/result.json, a result file for `jaxslm report`; beside it a TREC run of each ranker and split, for `jaxslm compare`
+of any two.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from jaxslm.config import ComputeDtype, load_toml
 from jaxslm.errors import exit_on_input_error
 from jaxslm.evaluate.checkpoints import evaluate_loaded, read_split
 from jaxslm.evaluate.rerank import sample_queries
+from jaxslm.evaluate.trec import write_run
 from jaxslm.prune.model import PruneSettings
 from jaxslm.prune.study import Calibrated, arms, changed, prune_gradually, recover, row, speed_in_turns
 from jaxslm.score.scorer import load_few_shapes
@@ -66,13 +68,18 @@ def main() -> None:
     asked = {name: changed(base, tuple(changes)) for name, *changes in options.arm}
     chosen = asked or {name: arm for name, arm in arms(base).items() if not options.only or name in options.only}
     paths = {"dense": options.dense}
+
+    def place(name: str) -> Path:
+        return options.out / name.replace(", ", "-").replace(" ", "-")
+
     recovery = load_toml(options.recovery, RankerTraining, tuple(options.overrides)) if options.recovery else None
     for name, settings in chosen.items():
-        paths[name] = options.out / name.replace(", ", "-").replace(" ", "-")
+        paths[name] = place(name)
         calibrated.prune(options.dense, paths[name], settings)
         if recovery and name in options.recover:
-            paths[f"{name}, recovered"] = paths[name].with_name(paths[name].name + "-recovered")
-            recover(paths[name], options.dense, paths[f"{name}, recovered"], recovery)
+            after = f"{name}, recovered"
+            paths[after] = place(after)
+            recover(paths[name], options.dense, paths[after], recovery)
     if recovery and options.gradual:
         target = next(iter(chosen.values()))
         folder = options.out / "gradual"
@@ -89,6 +96,9 @@ def main() -> None:
         for name, ranker in rankers.items():
             report = dense if name == "dense" else evaluate_loaded(ranker, options.data, split, name=name, **lists)
             measured = row(f"{name}, {split}", report, dense, ranker)
+            run = place(f"{name}, {split}.run")
+            run.unlink(missing_ok=True)  # an older study's
+            write_run(run, report.run)
             rows.append(measured | {"items_per_s": round(speed[name], 2)})
             print(
                 f"{name}, {split}: nDCG@10 {measured['ndcg_at_10']:.3f}, tau {measured['kendall_tau_to_dense']}",
