@@ -8,7 +8,7 @@ OUT.training/best/           trainable parameters of the best evaluation
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,9 @@ from jaxslm.model.decoder import Params
 from jaxslm.train.step import State, shardings_of
 
 METRIC = "ndcg_at_10"
+
+_FAILURES = (OSError, ValueError, RuntimeError)
+"""What Orbax and TensorStore raise when a disk is full or damaged."""
 
 
 class Snapshots:
@@ -46,10 +49,13 @@ class Snapshots:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.wait()
-        self._last.close()
-        self._best.close()
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            for manager in (self._last, self._best):
+                with suppress(*_FAILURES):  # a save that failed is told again: by now it is, or what ended the run is
+                    manager.close()
 
     @property
     def last_step(self) -> int | None:
@@ -118,14 +124,17 @@ class Snapshots:
     def _disk_errors(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        except _FAILURES as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if len(reason) > 300:  # what the disk says comes last, behind every path
+                reason = f"{reason[:100]} ... {reason[-200:]}"
             raise InputError(f"{self._folder}: cannot save, earlier saves are intact ({reason})") from error
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     # What it logs, tracebacks of its threads included, is raised as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True, **options)
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
