@@ -394,7 +394,7 @@ def test_kill_9_at_any_moment_leaves_a_run_that_goes_on(toy: Path, tmp_path: Pat
         assert log.read_text().count("\n") <= steps[-1] + 3  # no more than what was not yet saved is lost
     assert steps == sorted(steps)
     assert steps[0] > 0
-    assert within >= 3
+    assert within >= 5
 
 
 def unfinished_saves(out: Path) -> list[Path]:
