@@ -4,14 +4,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import pytest
 
 from jaxslm.config import load_toml
+from jaxslm.train import step
 from jaxslm.train.settings import EncoderTraining, RankerTraining
 from tests.tiny import tiny_checkpoint, tiny_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.toml"
+SHORT = ("steps=6", "save_every=2", "evaluation.every=3", "layers=1", "remat=false", "tensorboard=false")
+"""Six updates with three saves and two evaluations."""
 COLOURS = ("red", "blue", "green", "amber", "black", "white")
+
+
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has rankers trained on one of the simulated devices."""
+    monkeypatch.setattr("jaxslm.train.ranker.make_mesh", lambda: step.make_mesh(jax.devices()[:1]))
 
 
 def write_toy_data(folder: Path, queries: int = 60, seed: int = 0) -> None:
