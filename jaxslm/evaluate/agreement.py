@@ -15,12 +15,17 @@ def kendall_tau(first: Run, second: Run) -> Estimate | None:
     one of the runs is left out; None if every query is. It says more than a difference of measures about a pruned or
     compressed model, for every pair of items counts, not only those that the labels tell apart.
     """
-    found = [_tau(first[query_id], second[query_id]) for query_id in sorted(first.keys() & second.keys())]
-    taus = np.array([each for each in found if each is not None])
+    taus = np.array(list(tau_by_query(first, second).values()))
     if not len(taus):
         return None
     low, high = np.percentile(bootstrap_means(taus[:, None])[:, 0], [2.5, 97.5])
     return Estimate(float(taus.mean()), float(low), float(high))
+
+
+def tau_by_query(first: Run, second: Run) -> dict[str, float]:
+    """Returns Kendall's tau-b by query, in the order of the ids, without the queries that have none (`kendall_tau`)."""
+    found = {query_id: _tau(first[query_id], second[query_id]) for query_id in sorted(first.keys() & second.keys())}
+    return {query_id: tau for query_id, tau in found.items() if tau is not None}
 
 
 def _tau(first: Mapping[str, float], second: Mapping[str, float]) -> float | None:

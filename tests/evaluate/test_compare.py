@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxslm.errors import InputError
+from jaxslm.evaluate.agreement import kendall_tau
 from jaxslm.evaluate.checkpoints import evaluate_checkpoint
 from jaxslm.evaluate.compare import compare_run_files
 from jaxslm.evaluate.metrics import Run
@@ -49,6 +50,26 @@ def test_files_compare_as_runs_do(data: Path) -> None:
     assert all(numbers["ci95"] == [0, 0] for numbers in same["measures"].values())
     assert same["kendall_tau"] == {"mean": 1, "ci95": [1, 1]}
     assert abs(found["kendall_tau"]["mean"]) < 0.5
+
+
+def test_tau_to_a_reference_is_paired_by_query(data: Path, tmp_path: Path) -> None:
+    """A run keeps its own order best; the sides change the sign; queries that the reference leaves out do not count."""
+    write_run(tmp_path / "half.run", {query: RANDOM[query] for query in list(RANDOM)[:6]})
+    own, turned = (
+        compare_run_files(data / first, data / second, data, "dev", tmp_path / "half.run")["kendall_tau_to_reference"]
+        for first, second in (("random.run", "good.run"), ("good.run", "random.run"))
+    )
+    taus = [kendall_tau(run, read_run(tmp_path / "half.run")) for run in (RANDOM, GOOD)]
+    assert [own["first"], own["second"]] == pytest.approx([tau.mean for tau in taus if tau])
+    assert own["first"] == 1
+    assert own["difference"] == pytest.approx(own["first"] - own["second"])
+    assert own["ci95"][0] > 0
+    assert own["queries"] == 6
+    assert turned["difference"] == -own["difference"]
+    assert compare_run_files(data / "good.run", data / "random.run", data, "dev")["kendall_tau_to_reference"] is None
+    write_run(tmp_path / "other.run", {"elsewhere": {"i1": 1.0}})
+    with pytest.raises(InputError, match="no query whose order both runs can be compared with"):
+        compare_run_files(data / "good.run", data / "random.run", data, "dev", tmp_path / "other.run")
 
 
 def test_runs_of_other_queries_are_refused(data: Path, tmp_path: Path) -> None:
