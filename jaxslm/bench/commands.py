@@ -6,11 +6,10 @@ from typing import Annotated, Literal
 import typer
 
 from jaxslm.config import ComputeDtype
+from jaxslm.options import NewPath
 from jaxslm.progress import answer
 
 bench = typer.Typer(help="Measure scoring on this device.")
-
-NewPath = Annotated[Path, typer.Option("--out", help="Where to write; must not exist.")]
 
 
 @bench.command("score")
