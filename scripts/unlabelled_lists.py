@@ -7,7 +7,7 @@
         --set losses.binary_cross_entropy=0.0 --out recovered
 
 The file holds the judged queries and these in one random order. A query that nobody judged lists the items nearest to
-it by the contrastive stage, with label 0: list losses leave such lists out, but `binary_cross_entropy` would learn
+it by the contrastive stage, with label 0: `list_softmax` leaves such lists out, but `binary_cross_entropy` would learn
 from them and must be 0. Prints one JSON object last.
 """
 
