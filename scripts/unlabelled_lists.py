@@ -13,7 +13,6 @@ from them and must be 0. Prints one JSON object last.
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,9 @@ import numpy as np
 from jaxslm.atomic import new_file, refuse_existing
 from jaxslm.checkpoint import load_checkpoint
 from jaxslm.data_files import Item, read_items, read_queries
+from jaxslm.demo.queries import words
 from jaxslm.errors import InputError, exit_on_input_error
 from jaxslm.score.bi_encoder import BiEncoder
-
-
-def words(text: str) -> str:
-    """Returns what of a text decides whether two queries are the same: its letters and digits, in lower case."""
-    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def choose(log: Path, known: set[str], limit: int, generator: np.random.Generator) -> list[str]:

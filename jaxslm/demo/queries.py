@@ -73,12 +73,12 @@ def task_and_activity_queries(
     stand in some posting, and queries whose relevant occupations lie on both sides of the split.
     """
     codes = [occupation.code for occupation in occupations]
-    shown = {_words(task) for occupation in occupations for task in occupation.posting_tasks}
+    shown = {words(task) for occupation in occupations for task in occupation.posting_tasks}
     _, dev_groups = split_groups(codes)
     result = SplitQueries([], [], {"words_in_a_posting": 0, "relevant_in_both_splits": 0})
     for query_id, text, relevant in _candidates(occupations, activities):
         sides = {minor_group(code) in dev_groups for code in relevant}
-        if _words(text) in shown:
+        if words(text) in shown:
             result.dropped["words_in_a_posting"] += 1
         elif len(sides) == 2:
             result.dropped["relevant_in_both_splits"] += 1
@@ -165,14 +165,14 @@ def _candidates(
     for occupation in occupations:
         first = len(occupation.posting_tasks)
         for task_id, task in zip(occupation.task_ids[first:], occupation.tasks[first:], strict=True):
-            merged.setdefault(_words(task), (f"task-{task_id}", task, set()))[2].add(occupation.code)
+            merged.setdefault(words(task), (f"task-{task_id}", task, set()))[2].add(occupation.code)
     for activity_id, (title, codes) in sorted(activities.items()):
         if codes & known:
-            merged.setdefault(_words(title), (f"dwa-{activity_id}", title, set()))[2].update(codes & known)
+            merged.setdefault(words(title), (f"dwa-{activity_id}", title, set()))[2].update(codes & known)
     return list(merged.values())
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
     """The text without case and punctuation: two texts with the same words are one query."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
