@@ -14,12 +14,12 @@ from jaxtyping import Array, Float
 
 from jaxslm.compress.encoder import pooled_states
 from jaxslm.compress.projector import project
-from jaxslm.compress.splice import splice
+from jaxslm.compress.splice import override
 from jaxslm.config import CompressorConfig, RankerConfig
 from jaxslm.model.cost import attention_flops_per_pair, linear_flops_per_token
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.train import losses
-from jaxslm.train.compressor_data import MIXED, TEXT
+from jaxslm.train.compressor_data import MIXED, TEXT, VECTOR_PLACES
 from jaxslm.train.compressor_settings import CompressorLosses, CompressorTraining
 from jaxslm.train.partition import LABEL_ROWS, TABLES, Frozen, Partition, head_rows, join_params, split_params
 from jaxslm.train.ranker import list_log_odds, lists, ranking_terms, weighted_sum
@@ -69,10 +69,10 @@ def mixed_states(models: Models, params: Params, batch: Batch, mesh: Mesh, *, ev
         # Rounding has no gradient: the vectors get that of what was stored.
         vectors += part["noise"] * jax.lax.stop_gradient(rounded_to_int8(vectors) - vectors)
         x_MD = jnp.asarray(models.ranker.apply({"params": params["ranker"]}, tokens, method=Decoder.embed))
-        x_MD = splice(x_MD, vectors.reshape(R, J, *vectors.shape[1:]), items)
+        x_MD = override(x_MD, vectors.reshape(R, J, *vectors.shape[1:]), part[VECTOR_PLACES])
         return decode_items(models.ranker, params["ranker"], x_MD, prefix, items, every=every)
 
-    part = {name: batch[name] for name in (*MIXED, *encoded, "noise")}
+    part = {name: batch[name] for name in (*MIXED, VECTOR_PLACES, *encoded, "noise")}
     states: ItemStates = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(DATA))(params, part)
     return states
 
@@ -83,7 +83,8 @@ def compressor_loss(
     """Returns the loss of one micro-batch as a function of (trainable, frozen, batch).
 
     On text it is a ranker's. On vectors it is that, with the teacher's terms times "teach", plus the alignment with the
-    same ranker on text times "align". The terms come back without these factors, and with "k", 0 on text.
+    same ranker on text times "align". The terms come back without these factors, and with "k", vectors an item, 0 on
+    text.
     """
 
     def loss_fn(trainable: Params, frozen: Frozen, batch: Batch) -> tuple[Array, dict[str, Array]]:
@@ -108,8 +109,7 @@ def compressor_loss(
                 terms |= aligned
                 factors |= dict.fromkeys(aligned, jnp.mean(batch["align"]))
         loss = weighted_sum({name: factors[name] * term for name, term in terms.items()}, weights)
-        k = batch[MIXED[2]].shape[-1] if on_vectors else 0
-        return loss, terms | {"item_tokens": jnp.float32(k)}
+        return loss, terms | {"k": jnp.mean(batch["k"]) if on_vectors else jnp.float32(0)}
 
     return loss_fn
 
