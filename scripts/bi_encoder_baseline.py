@@ -1,6 +1,6 @@
 """The MiniLM bi-encoder of the demo data, evaluated on the candidates of `jaxslm eval`: a baseline for trained rankers.
 
-    python scripts/bi_encoder_baseline.py --demo quickstart/demo --split dev --limit 400 --run-out minilm.run
+    python scripts/bi_encoder_baseline.py --demo demo --split dev --limit 400 --run-out minilm.run
 
 Needs torch (not a dependency of the package). Prints one JSON object last, as `jaxslm eval` does.
 """

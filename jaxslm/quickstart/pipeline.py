@@ -12,7 +12,7 @@ from jaxslm.compress.catalogue import encode_file
 from jaxslm.config import load_toml
 from jaxslm.convert import convert
 from jaxslm.convert.export import export_hf
-from jaxslm.demo import fetch_demo
+from jaxslm.demo.fetch import default_parts, fetch_demo
 from jaxslm.errors import InputError
 from jaxslm.evaluate.report import write_report
 from jaxslm.inspect import describe, print_card
@@ -34,11 +34,18 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 Fetch = Callable[[Path], dict[str, Any]]
 """Fills the data folder and returns what `jaxslm.demo.fetch_demo` does."""
+PARTS = ("jobs", "model")
+"""The parts of the demo data that the stages read."""
 Training = TypeVar("Training", EncoderTraining, RankerTraining, CompressorTraining)
 
 
+def fetch_needed(out: Path) -> dict[str, Any]:
+    """Fetches what the stages read; `fetch_demo` on the same folder adds the rest, a bi-encoder to compare with."""
+    return fetch_demo(out, parts=[part for part in default_parts() if part.folder in PARTS])
+
+
 def run(
-    out: Path, *, serve: bool = True, fetch: Fetch = fetch_demo, settings: QuickstartSettings | None = None
+    out: Path, *, serve: bool = True, fetch: Fetch = fetch_needed, settings: QuickstartSettings | None = None
 ) -> dict[str, Any]:
     """Builds a ranker from real weights and data, makes it small and fast, measures each step, serves it.
 
@@ -88,8 +95,8 @@ class Pipeline:
             Stage(
                 "Data",
                 "923 occupations as job postings (O*NET), searches with the postings that fit them, and a small"
-                " language model, SmolLM2-135M. 247 MB to download.",
-                (11, 24),
+                " language model, SmolLM2-135M. 164 MB to download.",
+                (8, 20),
                 self._fetch_data,
             ),
             Stage(

