@@ -106,8 +106,8 @@ class CompressorItems:
 class MixedLists:
     """Lays out lists whose items are vectors: one static shape, that of the largest k.
 
-    A smaller k leaves places empty, which costs less than a program of its own: two cores compile one in 12 seconds,
-    and an update of the quickstart is 1.4 of them with 8 vectors an item and 1.2 with one.
+    A smaller k leaves places empty, which costs less than a program of its own: two cores compile one in 12 seconds or
+    more, and an update of the quickstart takes them 1.9 with 8 vectors an item, 1.7 with one.
     """
 
     def __init__(
