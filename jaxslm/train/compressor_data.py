@@ -107,7 +107,7 @@ class MixedLists:
     """Lays out lists whose items are vectors: one static shape, that of the largest k.
 
     A smaller k leaves places empty, which costs less than a program of its own: two cores compile one in 12 seconds or
-    more, and an update of the quickstart takes them 1.9 with 8 vectors an item, 1.7 with one.
+    more, and an update of the quickstart with one vector an item takes them 1.8 so and 1.6 in its own.
     """
 
     def __init__(
