@@ -17,13 +17,20 @@ DISK_REFUSES = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS})
 
 def cannot_write(path: Path, error: Exception) -> InputError:
     """Returns the one line that says why `path` could not be written."""
+    return InputError(f"{path}: cannot write it ({disk_reason(error)})")
+
+
+def disk_reason(error: Exception) -> str:
+    """Returns what the system says of the disk, as in "No space left on device", else the error's first line."""
     reason = str(error)
     if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: [(from, to, why)]
         reason = re.sub(r"^\[Errno \d+\] ([^:]*):.*", r"\1", str(error.args[0][0][-1]))
     elif isinstance(error, OSError) and error.strerror:
         reason = error.strerror
+    elif code := re.search(r"os_error_code='(\d+)'", reason):  # of TensorStore, behind every path and description
+        reason = os.strerror(int(code[1]))
     lines = reason.strip().splitlines() or [type(error).__name__]
-    return InputError(f"{path}: cannot write it ({lines[0][:300]})")
+    return lines[0][:300]
 
 
 def refuse_existing(path: Path) -> None:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import time
@@ -292,11 +291,10 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:  # of a full disk TensorStore makes any of these
-        code = re.search(r"os_error_code='(\d+)'", str(error))
         # Orbax returns at the first error and cannot wait for its other writes, which would make files anew in a folder
         # that is being removed. The error keeps what they still use: their threads call back into Python.
         time.sleep(WRITES_END_S)
-        raise cannot_write(path, OSError(int(code[1]), os.strerror(int(code[1]))) if code else error) from error
+        raise cannot_write(path, error) from error
     finally:
         sys.unraisablehook = hook
         logger.setLevel(level)

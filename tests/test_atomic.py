@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxslm.atomic import new_file, new_folder, refuse_existing
+from jaxslm.atomic import disk_reason, new_file, new_folder, refuse_existing
 from jaxslm.errors import InputError
 
 Opener = Callable[[Path], AbstractContextManager[Path]]
@@ -56,6 +56,13 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, opener: Opener, c
     with pytest.raises(InputError, match=rf"out: cannot write it \({os.strerror(code)}\)"):
         write_half()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_system_says_is_found_within_tensorstores_message() -> None:
+    message = f"OUT_OF_RANGE: Error writing {'x' * 500}: File too large [spec='{'y' * 500}'] [os_error_code='27']"
+    assert disk_reason(ValueError(message)) == os.strerror(27)
+    assert disk_reason(ValueError("no such driver\nand more")) == "no such driver"
+    assert disk_reason(RuntimeError()) == "RuntimeError"
 
 
 @both

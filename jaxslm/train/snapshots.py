@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from jaxslm.atomic import disk_reason
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.train.step import State, shardings_of
@@ -125,10 +126,7 @@ class Snapshots:
         try:
             yield
         except _FAILURES as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            if len(reason) > 300:  # what the disk says comes last, behind every path
-                reason = f"{reason[:100]} ... {reason[-200:]}"
-            raise InputError(f"{self._folder}: cannot save, earlier saves are intact ({reason})") from error
+            raise InputError(f"{self._folder}: cannot save, earlier saves are intact ({disk_reason(error)})") from error
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:

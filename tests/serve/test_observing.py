@@ -35,20 +35,33 @@ def samples(metrics: Metrics, name: str) -> dict[tuple[str, ...], float]:
     return {tuple(sample.labels.values()): sample.value for sample in found}
 
 
-@pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
+class Lines(logging.Handler):
     """Fields of the lines of requests, in the order of their answers."""
-    fields: list[dict[str, Any]] = []
 
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            fields.append(getattr(record, "fields", {}))
+    def __init__(self) -> None:
+        super().__init__()
+        self.fields: list[dict[str, Any]] = []
 
-    logger, keep = logging.getLogger("jaxslm.serve.gate"), Keep()
-    logger.addHandler(keep)
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() == "request":
+            self.fields.append(record.fields)  # type: ignore[attr-defined]
+
+    def first(self, number: int) -> list[dict[str, Any]]:
+        """Waits for `number` lines: a request is counted, then written, once its answer is out."""
+        until = time.monotonic() + 60
+        while len(self.fields) < number and time.monotonic() < until:
+            time.sleep(0.001)
+        assert len(self.fields) == number
+        return self.fields
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Lines]:
+    logger, lines = logging.getLogger("jaxslm.serve.gate"), Lines()
+    logger.addHandler(lines)
     with caplog.at_level(logging.INFO, logger.name):
-        yield fields
-    logger.removeHandler(keep)
+        yield lines
+    logger.removeHandler(lines)
 
 
 def asked(server: Server, method: str, path: str, **options: Any) -> int:
@@ -72,7 +85,7 @@ def test_what_the_server_itself_asks_is_not_counted(guarded: Server) -> None:
     assert samples(metrics, "jaxslm_items_total") == {(): 1}
 
 
-def test_refusals_before_routing_name_their_route_and_reason(guarded: Server, lines: list[dict[str, Any]]) -> None:
+def test_refusals_before_routing_name_their_route_and_reason(guarded: Server, lines: Lines) -> None:
     before = samples(guarded.service.engine.metrics, "jaxslm_num_rejected_requests_total")
     api = {"x-api-key": "the-api-key"}
     refused = [
@@ -86,32 +99,32 @@ def test_refusals_before_routing_name_their_route_and_reason(guarded: Server, li
     for method, path, headers, status, _, _ in refused:
         assert asked(guarded, method, path, headers=headers) == status
     expected = [{"route": route, "status": status, "reason": why} for _, _, _, status, route, why in refused]
-    assert [{name: line[name] for name in ("route", "status", "reason")} for line in lines] == expected
+    assert [{name: line[name] for name in ("route", "status", "reason")} for line in lines.first(6)] == expected
     after = samples(guarded.service.engine.metrics, "jaxslm_num_rejected_requests_total")
     assert after["unauthorized",] - before["unauthorized",] == 3
     assert after["not_found",] - before["not_found",] == 1
     assert asked(guarded, "GET", "/docs", headers=api) == 200
-    assert lines[-1]["route"] == "/docs"
-    assert "reason" not in lines[-1]
+    last = lines.first(7)[-1]
+    assert last["route"] == "/docs"
+    assert "reason" not in last
     routes = {route for route, _ in samples(guarded.service.engine.metrics, "jaxslm_num_requests_total")}
     assert routes <= {"unknown", *(route.path for route in guarded.config.app.routes)}  # type: ignore[union-attr]
 
 
-def test_an_error_inside_is_counted_and_logged(
-    server: Server, lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_inside_is_counted_and_logged(server: Server, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("at /secret/path")
 
     before = samples(server.service.engine.metrics, "jaxslm_num_rejected_requests_total")
     monkeypatch.setattr(Service, "score", broken)
     assert asked(server, "POST", "/v1/score", json=SCORE) == 500
+    [line] = lines.first(1)
+    assert (line["status"], line["reason"]) == (500, "internal_error")
     after = samples(server.service.engine.metrics, "jaxslm_num_rejected_requests_total")
     assert after["internal_error",] - before["internal_error",] == 1
-    assert (lines[-1]["status"], lines[-1]["reason"]) == (500, "internal_error")
 
 
-def test_the_time_of_a_slow_body_is_not_that_of_tokenising(server: Server, lines: list[dict[str, Any]]) -> None:
+def test_the_time_of_a_slow_body_is_not_that_of_tokenising(server: Server, lines: Lines) -> None:
     def slow() -> Iterator[bytes]:
         yield b'{"query": "x", '
         time.sleep(0.5)
@@ -120,7 +133,7 @@ def test_the_time_of_a_slow_body_is_not_that_of_tokenising(server: Server, lines
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{server.url}/v1/score", content=slow(), headers=headers, timeout=60)
     assert answer.status_code == 200
-    line = lines[-1]
+    [line] = lines.first(1)
     assert line["receive_ms"] >= 400  # the first part may have been sent before it was asked for
     assert line["tokenise_ms"] <= line["total_ms"] - line["receive_ms"]
     assert float(answer.headers["x-tokenization-time"]) == pytest.approx(line["tokenise_ms"], abs=0.01)
