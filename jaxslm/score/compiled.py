@@ -16,6 +16,7 @@ from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_logits, label_rows, log_probabilities
 from jaxslm.model.layout import Layout, Rows, SharedPrefix
 from jaxslm.score.buckets import default_buckets
+from jaxslm.score.flat import FlatBatch
 from jaxslm.score.forward import MAX_LABEL_IDS, Forward, PackRequest, empty_forward, values_per_item
 from jaxslm.score.packing import Packer
 from jaxslm.score.parallel import parallelise, replicate, scoring_devices
@@ -100,17 +101,16 @@ def _make_score_fn(
 
 @cache
 def make_log_prob_fn(devices: tuple[jax.Device, ...]) -> ScoreFn:
-    """Returns the jitted, pure `log_prob_fn(params, batch) -> log-probabilities among the whole vocabulary`.
+    """Returns the jitted, pure `log_prob_fn(params, states, asked) -> log-probabilities among the whole vocabulary`.
 
-    A batch is `{"states": [R, J, D]}` of a score function `with_states`, `"places": int [N]`, of which of them, and
-    `"label_ids": int [N, L]`, of which tokens; the result is float32 [N, L]. With several devices all arrays have a
-    leading axis, as those of `make_score_fn`.
+    States are [R, J, D], of a score function `with_states`; `asked` is `{"places": int [N], "label_ids": int [N, L]}`:
+    of which of them and of which tokens. The result is float32 [N, L]. With several devices all arrays have a leading
+    axis, as those of `make_score_fn`.
     """
 
-    def log_probs(params: Params, batch: Batch) -> Array:
-        states = jnp.asarray(batch["states"])
-        states_ND = states.reshape(-1, states.shape[-1])[jnp.asarray(batch["places"])]
-        return log_probabilities(states_ND, jnp.asarray(batch["label_ids"]), params)
+    def log_probs(params: Params, states: Array, asked: Batch) -> Array:
+        states_ND = states.reshape(-1, states.shape[-1])[asked["places"]]
+        return log_probabilities(states_ND, asked["label_ids"], params)
 
     return parallelise(log_probs, devices)
 
@@ -193,25 +193,21 @@ class CompiledScorer:
 
     def _score(self, forwards: Sequence[Forward]) -> tuple[Array, Array]:
         """Queues a pass for each device; returns logits and states to come."""
-        logits, states = self.score_fn(self.params, self._stacked([self._arrays(forward) for forward in forwards]))
+        logits, states = self.score_fn(self.params, FlatBatch.of([self._arrays(forward) for forward in forwards]))
         return logits, states
 
     def _arrays(self, forward: Forward) -> dict[str, np.ndarray]:
         """The pass's arrays; vectors in the compute dtype, whatever they are stored in, so that one program serves."""
         batch = forward.batch
-        return batch | {"vectors": batch["vectors"].astype(self.dtype)} if "vectors" in batch else batch
+        if "vectors" not in batch:
+            return batch
+        return batch | {"vectors": batch["vectors"].astype(self.dtype, copy=False)}
 
     def _log_probs(self, states: Array, forwards: Sequence[Forward], start: int) -> Array:
         """Queues what the next LABEL_ROWS asking items of each pass ask for; returns it to come."""
-        asked = self._stacked([_asked(forward, start) for forward in forwards])
-        log_probs: Array = self._log_prob_fn(self.params, {"states": states} | asked)
+        asked = FlatBatch.of([_asked(forward, start) for forward in forwards])
+        log_probs: Array = self._log_prob_fn(self.params, states, asked)
         return log_probs
-
-    def _stacked(self, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """One batch per device as one; as it is if there is one device."""
-        if len(self.devices) == 1:
-            return batches[0]
-        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def _asked(forward: Forward, start: int) -> dict[str, np.ndarray]:

@@ -63,15 +63,15 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     return jax.device_put(tree, NamedSharding(_mesh(devices), PartitionSpec()))
 
 
-def parallelise(score: Callable[[Any, Any], Any], devices: Sequence[jax.Device]) -> jax.stages.Wrapped:
-    """Returns jitted `score(params, batch)`; for n > 1 devices all arrays of batch and result have a leading [n]."""
+def parallelise(score: Callable[..., Any], devices: Sequence[jax.Device]) -> jax.stages.Wrapped:
+    """Returns jitted `score(params, *data)`; for n > 1 devices all arrays of data and result have a leading [n]."""
     if len(devices) == 1:
         return jax.jit(score)
 
-    def replica(params: Any, batch: Any) -> Any:
-        result = score(params, jax.tree.map(lambda array: array[0], batch))
+    def replica(params: Any, data: tuple[Any, ...]) -> Any:
+        result = score(params, *jax.tree.map(lambda array: array[0], data))
         return jax.tree.map(lambda array: array[None], result)
 
     per_device = PartitionSpec(REPLICAS)
     sharded = jax.shard_map(replica, mesh=_mesh(devices), in_specs=(PartitionSpec(), per_device), out_specs=per_device)
-    return jax.jit(sharded)
+    return jax.jit(lambda params, *data: sharded(params, data))

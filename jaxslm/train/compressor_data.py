@@ -25,8 +25,6 @@ TEXT = ("tokens", "prefix", "items")
 """The arrays of a batch that hold rows of text."""
 MIXED = tuple(f"mixed_{name}" for name in TEXT)
 """Those of rows of vectors."""
-VECTOR_PLACES = "vector_places"
-"""The array of where vectors stand in these rows, int32 [R, J, C], as `override` takes it."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +119,9 @@ class MixedLists:
         self._mixed = MixedPrompt(prompt, config)
 
     def collate(self, chosen: Sequence[TokenList], k: int) -> Batch:
-        """Returns the arrays `MIXED` of these lists, `VECTOR_PLACES`, and `CompressorItems.arrays` of R * J places."""
+        """Returns the arrays `MIXED` of these lists and `CompressorItems.arrays` of R * J places."""
         R, J = self._settings.lists_per_batch, self._settings.items_per_list
-        most = self._config.ks[-1]
-        longest = self._mixed.longest_item(most)
+        longest = self._mixed.longest_item(self._config.ks[-1])
         shape = {
             "max_item_tokens": longest,
             "tokens_per_batch": R * (self._settings.max_prefix_tokens + J * longest),
@@ -135,7 +132,6 @@ class MixedLists:
         for slot, one in enumerate(chosen):
             rows[slot, : len(one.rows)] = one.rows
         mixed = {name: batch[source] for name, source in zip(MIXED, TEXT, strict=True)}
-        mixed[VECTOR_PLACES] = np.where(np.arange(most) < k, batch["items"][..., :most], len(batch["tokens"]))
         return mixed | self._items.arrays(rows.reshape(-1), self._config, k)
 
     def _as_vectors(self, one: TokenList, k: int) -> TokenList:

@@ -19,7 +19,7 @@ from jaxslm.config import CompressorConfig, RankerConfig
 from jaxslm.model.cost import attention_flops_per_pair, linear_flops_per_token
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.train import losses
-from jaxslm.train.compressor_data import MIXED, TEXT, VECTOR_PLACES
+from jaxslm.train.compressor_data import MIXED, TEXT
 from jaxslm.train.compressor_settings import CompressorLosses, CompressorTraining
 from jaxslm.train.partition import LABEL_ROWS, TABLES, Frozen, Partition, head_rows, join_params, split_params
 from jaxslm.train.ranker import list_log_odds, lists, ranking_terms, weighted_sum
@@ -53,7 +53,7 @@ def mixed_states(models: Models, params: Params, batch: Batch, mesh: Mesh, *, ev
     """Returns `item_states` of items that are vectors; each device encodes and reads its own part.
 
     Args:
-        params: `{"ranker", "encoder", "projector"}`. batch: `MixedLists.collate` and "noise".
+        params: `{"ranker", "encoder", "projector"}`. batch: `MixedLists.collate`, "k" and "noise".
     """
     encoded = ("pooled",) if "pooled" in batch else ("item_tokens", "item_valid", "segments")
 
@@ -69,10 +69,12 @@ def mixed_states(models: Models, params: Params, batch: Batch, mesh: Mesh, *, ev
         # Rounding has no gradient: the vectors get that of what was stored.
         vectors += part["noise"] * jax.lax.stop_gradient(rounded_to_int8(vectors) - vectors)
         x_MD = jnp.asarray(models.ranker.apply({"params": params["ranker"]}, tokens, method=Decoder.embed))
-        x_MD = override(x_MD, vectors.reshape(R, J, *vectors.shape[1:]), part[VECTOR_PLACES])
+        C = vectors.shape[1]
+        places_RJC = jnp.where(jnp.arange(C) < part["k"], items[..., :C], len(tokens))  # a smaller k leaves some out
+        x_MD = override(x_MD, vectors.reshape(R, J, *vectors.shape[1:]), places_RJC)
         return decode_items(models.ranker, params["ranker"], x_MD, prefix, items, every=every)
 
-    part = {name: batch[name] for name in (*MIXED, VECTOR_PLACES, *encoded, "noise")}
+    part = {name: batch[name] for name in (*MIXED, *encoded, "k", "noise")}
     states: ItemStates = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(DATA))(params, part)
     return states
 

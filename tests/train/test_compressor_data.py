@@ -47,7 +47,8 @@ class Lists:
         items = CompressorItems.of(self.data, config, ItemTokenizer(tiny_tokenizer_json()))
         if frozen:
             items = replace(items, pooled=VectorEncoder(config, PARAMS, tiny_tokenizer_json()).pooled(items.ids))
-        return MixedLists(self.settings, config, self.prompt, items).collate(self.chosen, k)
+        batch = MixedLists(self.settings, config, self.prompt, items).collate(self.chosen, k)
+        return batch | {"k": np.array(k, np.float32)}
 
 
 PARAMS = compressor_params(compressor_config())
@@ -81,11 +82,8 @@ def test_a_smaller_k_reads_what_it_would_in_a_shape_of_its_own(lists: Lists, fro
     assert not np.allclose(states_of(shared, large), wanted, atol=1e-2)
 
 
-def test_vectors_stand_in_the_first_places_of_their_items_and_nowhere_else(lists: Lists) -> None:
-    config = compressor_config(ks=(1, 2, 4))
-    batch = lists.batch(config, 2, frozen=True)
-    places, items, none = batch["vector_places"], batch["mixed_items"], len(batch["mixed_tokens"])
-    np.testing.assert_array_equal(places[..., :2], items[..., :2])
-    assert (places[..., 2:] == none).all()
+def test_a_smaller_k_leaves_places_of_its_items_empty(lists: Lists) -> None:
+    batch = lists.batch(compressor_config(ks=(1, 2, 4)), 2, frozen=True)
+    items, none = batch["mixed_items"], len(batch["mixed_tokens"])
     assert (items[..., :3] < none).all(), "two vectors and the answer token"
     assert (items[..., 3:] == none).all()
