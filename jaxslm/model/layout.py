@@ -91,8 +91,8 @@ class Rows:
 
 
 LONG_PREFIX = 128
-"""From so many tokens on, a prefix that several rows name attends to itself only once, on a CPU. A GPU would wait for
-the host to decide it."""
+"""From so many tokens on, rows attend one by one on a CPU: a prefix that several name to itself only once, and rows
+without items not at all. A GPU would wait for the host to decide it."""
 
 
 class SharedPrefix:
@@ -148,35 +148,42 @@ class SharedPrefix:
 
     def _attend_unfolded(self, q: Array, k: Array, v: Array) -> Array:
         k_RKPH, v_RKPH = self._prefixes(k), self._prefixes(v)
-        prefix_out = self._attend_prefixes(self._prefixes(q), k_RKPH, v_RKPH)
-        item_out = prefix_item_attention(
-            self._items(q), k_RKPH, v_RKPH, self._prefix_valid_RP, self._items(k), self._items(v)
+        prefix_out = self._of_rows(self._new_R, causal_attention, self._prefixes(q), k_RKPH, v_RKPH)
+        item_out = self._of_rows(
+            jnp.any(self._item_length_RJ > 0, axis=1),
+            prefix_item_attention,
+            self._items(q),
+            k_RKPH,
+            v_RKPH,
+            self._prefix_valid_RP,
+            self._items(k),
+            self._items(v),
         )
         heads = q.shape[1:]
         prefix_out = jnp.moveaxis(prefix_out, 1, 2).reshape(-1, *heads)
         item_out = jnp.moveaxis(item_out, 1, 3).reshape(-1, *heads)
         return jnp.concatenate([prefix_out, item_out])[self._unfolded_M]
 
-    def _attend_prefixes(self, q_RKPGH: Array, k_RKPH: Array, v_RKPH: Array) -> Array:
-        """Causal attention in each prefix; of a row that repeats a long one any values, as nothing reads them."""
+    def _of_rows(self, wanted_R: Array, attend: Callable[..., Array], q: Array, *others: Array) -> Array:
+        """`attend(q, *others)`, arrays with an axis R in front; any values in rows that are not wanted."""
         R, P = self._prefix_RP.shape
         if R == 1 or P < LONG_PREFIX:
-            return causal_attention(q_RKPGH, k_RKPH, v_RKPH)
+            return attend(q, *others)
 
-        def each_once(new_R: Array, *qkv: Array) -> Array:
-            def attend_row(row: tuple[Array, ...]) -> Array:
-                new, *qkv = row
+        def one_by_one(wanted_R: Array, *arrays: Array) -> Array:
+            def of_row(row: tuple[Array, ...]) -> Array:
+                wanted, *parts = row
                 return jax.lax.cond(
-                    new, lambda: causal_attention(*(x[None] for x in qkv))[0], lambda: jnp.zeros_like(qkv[0])
+                    wanted, lambda: attend(*(part[None] for part in parts))[0], lambda: jnp.zeros_like(parts[0])
                 )
 
-            return jnp.asarray(jax.lax.map(attend_row, (new_R, *qkv)))
+            return jnp.asarray(jax.lax.map(of_row, (wanted_R, *arrays)))
 
-        def all_rows(_: Array, *qkv: Array) -> Array:
-            return causal_attention(*qkv)
+        def all_rows(_: Array, *arrays: Array) -> Array:
+            return attend(*arrays)
 
         # Chosen by the platform that is compiled for, so that a program exported on one holds what others need.
-        return jax.lax.platform_dependent(self._new_R, q_RKPGH, k_RKPH, v_RKPH, cpu=each_once, default=all_rows)
+        return jax.lax.platform_dependent(wanted_R, q, *others, cpu=one_by_one, default=all_rows)
 
     def read(self, x: Array) -> Array:
         """[M, ...] -> [R, J, ...]: the last token of each item."""

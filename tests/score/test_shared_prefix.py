@@ -14,7 +14,7 @@ from jaxslm.compress.splice import splice
 from jaxslm.config import Bucket, BucketConfig
 from jaxslm.errors import InputError
 from jaxslm.model import layout
-from jaxslm.model.layout import LONG_PREFIX, causal_attention
+from jaxslm.model.layout import LONG_PREFIX
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
 from jaxslm.score.forward import PackRequest
 from jaxslm.score.warmup import compilations, warm_up
@@ -76,7 +76,7 @@ def test_packed_requests_equal_separate_rows_and_nothing_compiles(
     np.testing.assert_allclose(found, expected, **TIGHT)
 
 
-def test_long_prefixes_that_rows_repeat_attend_to_themselves_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_behind_long_prefixes_only_what_is_new_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     name, random = NAMES[0], np.random.default_rng(0)
     bucket = Bucket(tokens=384, rows=8, prefix_tokens=LONG_PREFIX + 22, items_per_row=2, item_tokens=6)
     buckets = BucketConfig(buckets=(bucket,), overhead_tokens=4)
@@ -86,20 +86,31 @@ def test_long_prefixes_that_rows_repeat_attend_to_themselves_once(monkeypatch: p
     )
     prefixes = [random.integers(VOCAB_SIZE, size=length).tolist() for length in (150, 0, 7, 129)]
     requests = [PackRequest(prefix, random.integers(VOCAB_SIZE, size=(5, 6)).tolist()) for prefix in prefixes]
-    attended: list[int] = []
+    attended: dict[str, list[int]] = {"causal_attention": [], "prefix_item_attention": []}
 
-    def count(q: Any, k: Any, v: Any) -> Any:
-        jax.debug.callback(lambda q: attended.append(len(q)), q)
-        return causal_attention(q, k, v)
+    def counted(name: str) -> Any:
+        function, rows = getattr(layout, name), attended[name]
 
-    monkeypatch.setattr(layout, "causal_attention", count)
+        def count(q: Any, *others: Any) -> Any:
+            jax.debug.callback(lambda q: rows.append(len(q)), q)
+            return function(q, *others)
+
+        return count
+
+    for each in attended:
+        monkeypatch.setattr(layout, each, counted(each))
     found = one.logits(requests)
     rows = [[*request.prefix_ids, *item] for request in requests for item in request.item_ids]
     np.testing.assert_allclose(found, padded_logits(name, rows, length=160), **TIGHT)
     jax.effects_barrier()
-    passes = len(list(one.packer.pack(requests, 1)))
-    assert set(attended) == {1}
-    assert len(attended) <= config.num_layers * (len(requests) + passes - 1)  # a request may go on in another pass
+    passes = [forward for group in one.packer.pack(requests, 1) for forward in group]
+    of_prefixes, of_items = attended.values()
+    assert set(of_prefixes) == {1}
+    assert len(of_prefixes) <= config.num_layers * (len(requests) + len(passes) - 1)  # one may go on in another pass
+    used = [len(np.unique(forward.places // bucket.items_per_row)) for forward in passes]
+    assert sum(used) < len(passes) * bucket.rows
+    # The last layer reads a token per item, of all rows together.
+    assert sorted(of_items) == [1] * (config.num_layers - 1) * sum(used) + [bucket.rows] * len(passes)
 
 
 def test_a_request_scores_the_same_alone_and_among_others() -> None:
