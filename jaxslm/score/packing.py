@@ -46,9 +46,8 @@ class Packer:
     def pack(self, requests: Sequence[PackRequest], replicas: int = 1) -> Iterator[list[Forward]]:
         """Yields forward passes that together hold every item once, in groups of up to `replicas` of one bucket.
 
-        Longest items first, so that each pass holds items of like length; at each step the bucket that does most
-        useful work for its cost is taken. A request that does not fit is split and its prefix repeated; small
-        requests share.
+        Longest items first, so that each pass holds items of like length. A request that does not fit is split and its
+        prefix repeated; small requests share.
 
         Raises:
             InputError: an item without tokens, or an item and its prefix that no bucket holds.
@@ -56,19 +55,17 @@ class Packer:
         work = _Work.of([self._joined(request) for request in requests])
         classes = np.searchsorted(self._item_edges, work.lengths)
         order = np.lexsort((work.request_of_item, -classes))
-        while len(order):
-            choice = self._choose(work, order, replicas)
-            if choice is None:
-                number = int(work.request_of_item[order[0]])
-                row = int(work.lengths[order[0]] + work.prefix_lengths[number])
-                prefix = len(requests[number].prefix_ids)
-                raise InputError(self._too_large(row - prefix, prefix, work.kind, work.vectors_per_item))
-            bucket, counts = choice
+        for bucket, counts in self._choices(work, order, replicas):
             group = []
             for count in counts:
                 group.append(_fill(work, order[:count], bucket))
                 order = order[count:]
             yield group
+        if len(order):
+            number = int(work.request_of_item[order[0]])
+            row = int(work.lengths[order[0]] + work.prefix_lengths[number])
+            prefix = len(requests[number].prefix_ids)
+            raise InputError(self._too_large(row - prefix, prefix, work.kind, work.vectors_per_item))
 
     def _joined(self, request: PackRequest) -> PackRequest:
         """The request as it is, or if no bucket holds prefix and items, with the one in each of the others: exact."""
@@ -94,13 +91,36 @@ class Packer:
         real = sum(forward.real_tokens for forward in forwards)
         return 1.0 - real / sum(forward.bucket.tokens for forward in forwards)
 
-    def _choose(self, work: "_Work", order: Int[np.ndarray, " left"], replicas: int) -> tuple[Bucket, list[int]] | None:
-        """Returns the bucket with the most item tokens per cost for the next items, and how many go into each copy.
+    def _choices(
+        self, work: "_Work", order: Int[np.ndarray, " n"], replicas: int
+    ) -> Iterator[tuple[Bucket, list[int]]]:
+        """Yields the buckets that take these items in turn, and how many of them go into each copy, as far as they fit.
 
-        None if no bucket holds the first of them.
+        At each step it is that with the most item tokens per cost, until a single one holds all that is left: then the
+        cheapest of going on so to the end and of stopping with such a one, now or after any step.
         """
+        steps: list[_Option] = []
+        ending: list[_Option] = []
+        while len(order):
+            options = self._options(work, order, replicas)
+            if not options:
+                break
+            last = min((each for each in options if each.items == len(order)), key=lambda each: each.cost, default=None)
+            if last and (not ending or _cost_of([*steps, last]) <= _cost_of(ending)):
+                ending = [*steps, last]
+            fullest = max(options, key=lambda option: option.tokens / option.cost)
+            order = order[fullest.items :]
+            if ending:
+                steps.append(fullest)
+            else:
+                yield fullest.bucket, fullest.counts
+        for option in ending:
+            yield option.bucket, option.counts
+
+    def _options(self, work: "_Work", order: Int[np.ndarray, " left"], replicas: int) -> list["_Option"]:
+        """Returns for each bucket that holds the first item how many each of up to `replicas` copies would take."""
         length, prefix = int(work.lengths[order[0]]), int(work.prefix_lengths[work.request_of_item[order[0]]])
-        best: tuple[float, Bucket, list[int]] | None = None
+        options = []
         windows = {0: _Window.of(work, order)}
         for bucket in self._holding(length, prefix, work.kind, work.vectors_per_item):
             counts: list[int] = []
@@ -113,10 +133,10 @@ class Packer:
                     break
                 counts.append(count)
                 start += count
-            value = float(work.lengths[order[:start]].sum()) / self._cost[bucket]
-            if counts and (best is None or value > best[0]):
-                best = value, bucket, counts
-        return None if best is None else best[1:]
+            if counts:
+                tokens = int(work.lengths[order[:start]].sum())
+                options.append(_Option(bucket, self._cost[bucket], counts, start, tokens))
+        return options
 
     def _too_large(self, length: int, prefix: int, kind: int, vectors: int) -> str:
         """Says what no bucket holds, and what the buckets of its kind do."""
@@ -152,6 +172,21 @@ class Packer:
             shortest = min((bucket.item_tokens for bucket in large_enough), default=0)
             self._candidates[key] = [bucket for bucket in large_enough if bucket.item_tokens <= 2 * shortest]
         return self._candidates[key]
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One way to go on: a bucket, what it costs, how many items each copy of it takes, and all with how many tokens."""
+
+    bucket: Bucket
+    cost: float
+    counts: list[int]
+    items: int
+    tokens: int
+
+
+def _cost_of(options: Sequence[_Option]) -> float:
+    return sum(option.cost for option in options)
 
 
 def _takes(bucket: Bucket, kind: int, vectors: int) -> bool:

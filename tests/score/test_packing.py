@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxslm.config import Bucket, BucketConfig, CompressorConfig
@@ -93,6 +93,25 @@ def test_small_requests_share_a_pass_and_large_ones_are_split() -> None:
     in_order = np.concatenate([forward.indices for group in large for forward in group])
     np.testing.assert_array_equal(in_order, np.arange(1000))
     assert packer.padding_fraction([PackRequest([1] * 50, [[2] * 150] * 1000)]) < 0.1
+
+
+@settings(max_examples=50, deadline=None)
+@example(platform="cpu", prefix=60, item=9, items=10)  # the fullest pass for its cost leaves three items for another
+@given(
+    platform=st.sampled_from(["cpu", "gpu"]),
+    prefix=st.integers(0, 80),
+    item=st.integers(1, 200),
+    items=st.integers(1, 60),
+)
+def test_no_single_pass_costs_less_than_what_is_chosen(platform: str, prefix: int, item: int, items: int) -> None:
+    buckets, requests = default_buckets(platform), [PackRequest([1] * prefix, [[2] * item] * items)]
+    packed = Packer(buckets).cost_tokens(requests)
+    for bucket in buckets.buckets:
+        # Much longer items are left out when a bucket is chosen.
+        if item <= bucket.item_tokens <= 2 * item and prefix <= bucket.prefix_tokens:
+            alone = Packer(buckets.model_copy(update={"buckets": (bucket,)}))
+            if len(list(alone.pack(requests))) == 1:
+                assert packed <= alone.cost_tokens(requests)
 
 
 def test_a_prefix_that_no_bucket_holds_joins_its_items() -> None:
