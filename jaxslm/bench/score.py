@@ -99,7 +99,8 @@ class Measurement:
 
     def __init__(self, shape: Workload, config: RankerConfig, params: Params, options: Options) -> None:
         self._shape, self._config, self._options = shape, config, options
-        requests = random_requests(shape, config.model, options.requests)
+        dtype = jax.tree.leaves(params)[0].dtype
+        requests = random_requests(shape, config.model, options.requests, dtype=dtype)
         self._run: Runner | PaddedRunner
         if options.padded:
             self._run = PaddedRunner(

@@ -106,8 +106,14 @@ def model_named(name: str, dtype: DTypeLike = jnp.float32) -> tuple[RankerConfig
     return checkpoint.config, jax.tree.map(lambda leaf: leaf.astype(dtype), checkpoint.params)
 
 
-def random_requests(workload: Workload, config: ModelConfig, count: int, seed: int = 0) -> list[PackRequest]:
-    """Returns requests of random tokens, and of vectors with the spread of an embedding table; never zeros."""
+def random_requests(
+    workload: Workload, config: ModelConfig, count: int, seed: int = 0, dtype: DTypeLike = np.float32
+) -> list[PackRequest]:
+    """Returns requests of random tokens, and of vectors with the spread of an embedding table; never zeros.
+
+    Args:
+        dtype: of the vectors, as a store of items may hold them.
+    """
     generator = np.random.default_rng(seed)
     C, V = workload.vectors_per_item, config.vocab_size
     requests = []
@@ -117,5 +123,6 @@ def random_requests(workload: Workload, config: ModelConfig, count: int, seed: i
         vectors = None
         if C:
             vectors = 0.02 * generator.standard_normal((workload.items, C, config.width), np.float32)
+            vectors = vectors.astype(dtype, copy=False)
         requests.append(PackRequest(prefix, items, vectors))
     return requests

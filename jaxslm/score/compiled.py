@@ -146,7 +146,7 @@ class CompiledScorer:
         self.params: Params = replicate(jax.tree.map(lambda leaf: leaf.astype(self.dtype), params), self.devices)
         self.score_fn = make_score_fn(config, self.devices, self.dtype, implementation, with_states=True)
         self._log_prob_fn = make_log_prob_fn(self.devices)
-        self.packer = Packer(self.buckets)
+        self.packer = Packer(self.buckets, self.dtype)  # so that one program serves, whatever vectors are stored in
 
     def logits(self, requests: Sequence[PackRequest]) -> Float32[np.ndarray, "n C"]:
         """Returns the logits of (no, yes) of every item of every request, in order. Requests share forward passes.
@@ -186,22 +186,15 @@ class CompiledScorer:
     def run_empty(self, bucket: Bucket) -> None:
         """Runs all that a bucket's passes may need, without any item: what warm-up compiles with."""
         shape = (bucket.rows, bucket.items_per_row, bucket.vector_places, self.config.model.width)
-        forward = empty_forward(bucket, np.zeros(shape, np.float32) if bucket.vector_places else None)
+        forward = empty_forward(bucket, np.zeros(shape, self.dtype) if bucket.vector_places else None)
         forwards = [forward] * len(self.devices)
         logits, states = self._score(forwards)
         jax.block_until_ready((logits, self._log_probs(states, forwards, 0)))
 
     def _score(self, forwards: Sequence[Forward]) -> tuple[Array, Array]:
         """Queues a pass for each device; returns logits and states to come."""
-        logits, states = self.score_fn(self.params, FlatBatch.of([self._arrays(forward) for forward in forwards]))
+        logits, states = self.score_fn(self.params, FlatBatch.of([forward.batch for forward in forwards]))
         return logits, states
-
-    def _arrays(self, forward: Forward) -> dict[str, np.ndarray]:
-        """The pass's arrays; vectors in the compute dtype, whatever they are stored in, so that one program serves."""
-        batch = forward.batch
-        if "vectors" not in batch:
-            return batch
-        return batch | {"vectors": batch["vectors"].astype(self.dtype, copy=False)}
 
     def _log_probs(self, states: Array, forwards: Sequence[Forward], start: int) -> Array:
         """Queues what the next LABEL_ROWS asking items of each pass ask for; returns it to come."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Int32
 
 from jaxslm.config import Bucket, BucketConfig
@@ -31,8 +32,9 @@ def pair_tokens(bucket: Bucket) -> float:
 class Packer:
     """Packs requests into the buckets of a configuration; keeps what it worked out about them."""
 
-    def __init__(self, config: BucketConfig) -> None:
-        self.config = config
+    def __init__(self, config: BucketConfig, vector_dtype: DTypeLike | None = None) -> None:
+        """`vector_dtype`: of the vectors in passes; by default as they are given."""
+        self.config, self._vector_dtype = config, vector_dtype
         self._cost = {bucket: bucket.tokens + pair_tokens(bucket) + config.overhead_tokens for bucket in config.buckets}
         self._item_edges = np.array(sorted({bucket.item_tokens for bucket in config.buckets}))
         self._prefix_edges = np.array(sorted({bucket.prefix_tokens for bucket in config.buckets}))
@@ -58,7 +60,7 @@ class Packer:
         for bucket, counts in self._choices(work, order, replicas):
             group = []
             for count in counts:
-                group.append(_fill(work, order[:count], bucket))
+                group.append(_fill(work, order[:count], bucket, self._vector_dtype))
                 order = order[count:]
             yield group
         if len(order):
@@ -207,13 +209,14 @@ class _Work:
     starts: Int[np.ndarray, " n"]
     request_of_item: Int[np.ndarray, " n"]
     kind: int
-    vectors: Float[np.ndarray, "n C D"] | None
+    first_items: Int[np.ndarray, " requests"]
+    vectors: list[Float[np.ndarray, "_ _ D"]] | None
     vector_places: Int[np.ndarray, "n C"] | None
     label_ids: Int32[np.ndarray, "n L"] | None
 
     @property
     def vectors_per_item(self) -> int:
-        return 0 if self.vectors is None else self.vectors.shape[1]
+        return max((vectors.shape[1] for vectors in self.vectors or ()), default=0)
 
     @classmethod
     def of(cls, requests: Sequence[PackRequest]) -> "_Work":
@@ -238,27 +241,20 @@ class _Work:
             starts[len(prefixes) :],
             np.repeat(np.arange(len(requests)), counts),
             kinds.pop(),
-            *_vectors(requests),
+            np.cumsum(counts) - counts,
+            [request.vectors for request in requests if request.vectors is not None] or None,
+            _vector_places(requests),
             _label_ids(requests, counts),
         )
 
 
-def _vectors(
-    requests: Sequence[PackRequest],
-) -> tuple[Float[np.ndarray, "n C D"] | None, Int[np.ndarray, "n C"] | None]:
-    """Returns the vectors of all items and, if they may stand anywhere, their places, padded to equally many."""
-    given = [request.vectors for request in requests if request.vectors is not None]
+def _vector_places(requests: Sequence[PackRequest]) -> Int[np.ndarray, "n C"] | None:
+    """Returns where the vectors of all items stand, if they may stand anywhere; -1 fills up those of fewer."""
     places = [request.vector_places for request in requests if request.vector_places is not None]
     if not places:
-        return np.concatenate(given) if given else None, None
-    C = max(vectors.shape[1] for vectors in given)
-    missing = [(0, C - vectors.shape[1]) for vectors in given]
-    return (
-        np.concatenate([np.pad(vectors, ((0, 0), pad, (0, 0))) for vectors, pad in zip(given, missing, strict=True)]),
-        np.concatenate(
-            [np.pad(each, ((0, 0), pad), constant_values=-1) for each, pad in zip(places, missing, strict=True)]
-        ),
-    )
+        return None
+    C = max(each.shape[1] for each in places)
+    return np.concatenate([np.pad(each, ((0, 0), (0, C - each.shape[1])), constant_values=-1) for each in places])
 
 
 def _label_ids(
@@ -326,7 +322,7 @@ class _Window:
         return min(int(values.searchsorted(limit, side="right")) for values, limit in limits)
 
 
-def _fill(work: _Work, indices: Int[np.ndarray, " held"], bucket: Bucket) -> Forward:
+def _fill(work: _Work, indices: Int[np.ndarray, " held"], bucket: Bucket, vector_dtype: DTypeLike | None) -> Forward:
     """Returns the forward pass of these items: each run's prefix and then its items, end to end."""
     M, R, P = bucket.tokens, bucket.rows, bucket.prefix_tokens
     J, T = bucket.items_per_row, bucket.item_tokens
@@ -352,16 +348,40 @@ def _fill(work: _Work, indices: Int[np.ndarray, " held"], bucket: Bucket) -> For
     items[places] = _indices(begins[1::2], lengths, T, otherwise=M)
     vectors = vector_places = None
     if work.vectors is not None:
-        C, given, D = bucket.vector_places, *work.vectors.shape[1:]
-        vectors = np.zeros((R, J, C, D), work.vectors.dtype)
-        vectors.reshape(R * J, C, D)[places, :given] = work.vectors[indices]
-        if work.vector_places is not None:
-            own = work.vector_places[indices]
-            vector_places = np.full((R, J, C), M, np.int32)
-            vector_places.reshape(R * J, C)[places, :given] = np.where(own < 0, M, begins[1::2][:, None] + own)
+        numbers = indices - work.first_items[request]
+        vectors = _vectors_at(work.vectors, numbers, request, places, bucket, vector_dtype)
+    if work.vector_places is not None:
+        own = work.vector_places[indices]
+        vector_places = np.full((R, J, bucket.vector_places), M, np.int32)
+        vector_places.reshape(R * J, bucket.vector_places)[places, : own.shape[1]] = np.where(
+            own < 0, M, begins[1::2][:, None] + own
+        )
     label_ids = None if work.label_ids is None else work.label_ids[indices]
     grid = items.reshape(R, J, T)
     return Forward(bucket, tokens, prefix, grid, vectors, places, indices, total, label_ids, vector_places)
+
+
+def _vectors_at(
+    vectors: Sequence[Float[np.ndarray, "_ _ D"]],
+    numbers: Int[np.ndarray, " held"],
+    request: Int[np.ndarray, " held"],
+    places: Int[np.ndarray, " held"],
+    bucket: Bucket,
+    dtype: DTypeLike | None,
+) -> Float[np.ndarray, "R J _ D"]:
+    """Returns each item's vectors at its place. A pass of them has megabytes: they are copied, and converted, once.
+
+    Args:
+        vectors: of the items of each request. numbers: each item's among those of its request. places: one after
+            another within a run.
+    """
+    R, J, C, D = bucket.rows, bucket.items_per_row, bucket.vector_places, vectors[0].shape[2]
+    at = np.zeros((R * J, C, D), dtype or np.result_type(*(each.dtype for each in vectors)))
+    begins = np.flatnonzero((np.diff(numbers, prepend=-2) != 1) | (np.diff(request, prepend=-1) != 0))
+    for begin, end in zip(begins, [*begins[1:], len(numbers)], strict=True):
+        source = vectors[request[begin]][numbers[begin] : numbers[begin] + end - begin]
+        at[places[begin] : places[begin] + end - begin, : source.shape[1]] = source
+    return at.reshape(R, J, C, D)
 
 
 def _indices(starts: np.ndarray, lengths: np.ndarray, width: int, *, otherwise: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""All arrays of a pass in one: what was put in comes out, and a scorer hands a pass over in one array."""
+"""The arrays of a pass in one: what was put in comes out, and a scorer hands a pass over in one array."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 
 from jaxslm.config import Bucket, BucketConfig
 from jaxslm.score.compiled import CompiledScorer
-from jaxslm.score.flat import FlatBatch
+from jaxslm.score.flat import APART_BYTES, FlatBatch
 from jaxslm.score.forward import PackRequest
 from jaxslm.score.warmup import compilations
 from tests.tiny import tiny_config, tiny_params, tiny_ranker_config
@@ -57,6 +57,18 @@ def test_each_device_gets_its_own() -> None:
     for number, batch in enumerate(batches):
         for name, array in cut(jax.tree.map(lambda words, number=number: words[number], flat)).items():
             np.testing.assert_array_equal(array, batch[name])
+
+
+def test_a_large_array_is_not_copied_together_with_the_others() -> None:
+    batch = arrays() | {"large": RNG.integers(0, 9, APART_BYTES // 4).astype(np.int32)}
+    flat = FlatBatch.of([batch])
+    assert [leaf is batch["large"] for leaf in jax.tree.leaves(flat)] == [False, True]
+    assert set(flat) == set(batch)
+    assert len(flat) == len(batch)
+    for name, array in cut(flat).items():
+        np.testing.assert_array_equal(array, batch[name])
+    of_second = jax.tree.map(lambda leaf: leaf[1], FlatBatch.of([batch, batch]))
+    np.testing.assert_array_equal(cut(of_second)["large"], batch["large"])
 
 
 def test_a_program_is_compiled_once_for_the_same_fields() -> None:

@@ -128,6 +128,25 @@ def test_vectors_stand_at_their_items() -> None:
     assert forward.vectors is not None
     assert forward.batch["vectors"].shape == (3, 2, 2, 3)
     np.testing.assert_array_equal(forward.vectors.reshape(6, 2, 3)[forward.places], vectors[forward.indices])
+    ((converted,),) = Packer(BucketConfig(buckets=(bucket,)), np.float16).pack(requests)
+    assert converted.vectors is not None
+    np.testing.assert_array_equal(converted.vectors, forward.vectors.astype(np.float16))
+
+
+def test_vectors_of_a_requests_items_that_are_apart_in_a_pass_stand_at_theirs() -> None:
+    """Items of two lengths in turns: long ones come first, so no pass holds a request's items one after another."""
+    shapes = [(40, 4, 8), (24, 4, 3)]
+    buckets = [
+        Bucket(tokens=M, rows=2, prefix_tokens=2, items_per_row=n, item_tokens=T, vectors_per_item=1)
+        for M, n, T in shapes
+    ]
+    vectors = np.arange(2 * 7 * 3, dtype=np.float32).reshape(2, 7, 1, 3)
+    requests = [PackRequest([1], [[0] * (8 if item % 2 else 3) for item in range(7)], each) for each in vectors]
+    found = np.full((14, 1, 3), np.nan, np.float32)
+    for (forward,) in Packer(BucketConfig(buckets=tuple(buckets))).pack(requests):
+        assert forward.vectors is not None
+        found[forward.indices] = forward.vectors.reshape(-1, 1, 3)[forward.places]
+    np.testing.assert_array_equal(found, vectors.reshape(14, 1, 3))
 
 
 @pytest.mark.parametrize(
