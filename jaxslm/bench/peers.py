@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from jaxslm.bench.ablations import reference_logits
 from jaxslm.bench.device import Ceilings, floor, measure_ceilings
-from jaxslm.bench.score import Options, Runner, figures, print_floor, timed
+from jaxslm.bench.score import Runner, default_options, figures, print_floor, timed
 from jaxslm.bench.workloads import model_named, random_requests, workload_named
 from jaxslm.config import RankerConfig
 from jaxslm.convert.export import classifier_tensors, hf_config, hf_tensors, write_hf_model
@@ -133,7 +133,7 @@ def bench_peers(
     print_floor(shape, config, ceilings)
     (request,) = random_requests(shape, config.model, 1)
     rows = np.array([[*request.prefix_ids, *item] for item in request.item_ids], np.int64)
-    ours = Runner(config, params, [request], Options(max_tokens=1024 if jax.default_backend() == "cpu" else 16384))
+    ours = Runner(config, params, [request], default_options())
     logits = ours()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

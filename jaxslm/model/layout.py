@@ -302,21 +302,35 @@ def _products(a: Array, b: Array, *, contract_b: int) -> Array:
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
+def _blockwise_attention(
+    q_RKTGH: Float[Array, "R K T G H"],
+    k_RKSH: Float[Array, "R K S H"],
+    v_RKSH: Float[Array, "R K S H"],
+    mask_RTS: Bool[Array, "#R T S"],
+    before: int,
+) -> Float[Array, "R K T G H"]:
+    """Softmax(q k / sqrt(H)) v over the keys that the mask keeps, none of them beyond `before + t` for query t."""
+    R, K, T, G, H = q_RKTGH.shape
+    q_RKTGH = q_RKTGH * H**-0.5
+    outputs = []
+    for start, end in _blocks(T):
+        t, S = end - start, before + end
+        logits = _products(q_RKTGH[:, :, start:end].reshape(R, K, t * G, H), k_RKSH[:, :, :S], contract_b=-1)
+        mask = mask_RTS[:, None, start:end, None, :S]
+        logits = jnp.where(mask, logits.reshape(R, K, t, G, S), _LOWEST).reshape(R, K, t * G, S)
+        highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        weights = jnp.exp(logits - highest)
+        out = _products(weights.astype(v_RKSH.dtype), v_RKSH[:, :, :S], contract_b=-2)
+        outputs.append((out / jnp.sum(weights, axis=-1, keepdims=True)).reshape(R, K, t, G, H))
+    return jnp.concatenate(outputs, axis=2).astype(q_RKTGH.dtype)
+
+
 def causal_attention(
     q_RKTGH: Float[Array, "R K T G H"], k_RKTH: Float[Array, "R K T H"], v_RKTH: Float[Array, "R K T H"]
 ) -> Float[Array, "R K T G H"]:
     """Softmax(q k / sqrt(H)) v over the keys up to each query. Cost: half of 4 N H T FLOP per query, plus a block."""
-    R, K, _, G, H = q_RKTGH.shape
-    q_RKTGH = q_RKTGH * H**-0.5
-    outputs = []
-    for start, end in _blocks(q_RKTGH.shape[2]):
-        t = end - start
-        logits = _products(q_RKTGH[:, :, start:end].reshape(R, K, t * G, H), k_RKTH[:, :, :end], contract_b=-1)
-        mask_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
-        logits = jnp.where(mask_TS[None, None, :, None], logits.reshape(R, K, t, G, end), _LOWEST)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v_RKTH.dtype).reshape(R, K, t * G, end)
-        outputs.append(_products(weights, v_RKTH[:, :, :end], contract_b=-2).reshape(R, K, t, G, H))
-    return jnp.concatenate(outputs, axis=2).astype(q_RKTGH.dtype)
+    T = k_RKTH.shape[2]
+    return _blockwise_attention(q_RKTGH, k_RKTH, v_RKTH, jnp.tril(jnp.ones((1, T, T), bool)), before=0)
 
 
 def prefix_item_attention(
@@ -339,6 +353,15 @@ def prefix_item_attention(
     """
     R, K, J, T, G, H = q_RKJTGH.shape
     P = k_RKPH.shape[2]
+    if J == 1:  # one product over all keys of a row costs less than two
+        keys = jnp.concatenate([k_RKPH, k_RKJSH[:, :, 0]], axis=2)
+        values = jnp.concatenate([v_RKPH, v_RKJSH[:, :, 0]], axis=2)
+        S = k_RKJSH.shape[3]
+        last_RT = jnp.arange(T)[None] if last_RJ is None else last_RJ
+        seen_RTS = jnp.arange(S) <= last_RT[..., None]
+        mask = [jnp.broadcast_to(prefix_valid_RP[:, None], (R, T, P)), jnp.broadcast_to(seen_RTS, (R, T, S))]
+        out = _blockwise_attention(q_RKJTGH[:, :, 0], keys, values, jnp.concatenate(mask, axis=2), before=P + S - T)
+        return out[:, :, None]
     q_RKJTGH = q_RKJTGH * H**-0.5
     outputs = []
     for start, end in _blocks(T):
