@@ -27,6 +27,7 @@ from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.progress import console
 from jaxslm.score.compiled import compute_dtype
+from jaxslm.score.forward import PackRequest
 
 
 @dataclass(frozen=True)
@@ -132,22 +133,11 @@ def bench_peers(
     ceilings = ceilings or measure_ceilings(used)
     print_floor(shape, config, ceilings)
     (request,) = random_requests(shape, config.model, 1)
-    rows = np.array([[*request.prefix_ids, *item] for item in request.item_ids], np.int64)
     ours = Runner(config, params, [request], default_options())
     logits = ours()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_models(folder, config, params, rows)
-        np.save(folder / "rows.npy", rows)
-        setup = {
-            "rows": str(folder / "rows.npy"),
-            "prefix": len(request.prefix_ids),
-            "labels": list(config.label_token_ids),
-            "folder": str(folder / "model"),
-            "classifier": str(folder / "classifier"),
-            "threads": threads,
-            "dtype": used.name,
-        }
+        setup = _write_setup(folder, config, params, request) | {"threads": threads, "dtype": used.name}
         peer = Peer(peer_python, setup)
         try:
             best, failed = _best_batches(peer, shape.items, batches, torch_compile=torch_compile)
@@ -155,7 +145,6 @@ def bench_peers(
             agreement = _agreement(peer, best, folder, logits)
         finally:
             peer.close()
-    settings = _rows(shape.items, seconds, agreement)
     reference = reference_logits(config, params, request)
     rates = shape.items / np.array(seconds["jaxslm"])
     return {
@@ -163,7 +152,7 @@ def bench_peers(
         "model": model,
         **figures(rates, floor(shape, config.model, ceilings), shape.items, ceilings, ours.shape()),
         "max_abs_diff": float(np.abs(logits[: len(reference)] - reference).max()),
-        "rows": settings,
+        "rows": _rows(shape.items, seconds, agreement),
         "not_measured": failed,
         "versions": peer.about["versions"] | {"jax": jax.__version__},
         "peer_device": peer.about["device"],
@@ -181,6 +170,20 @@ def check_python(python: str) -> None:
         raise InputError(f"--peer-python {python}: is no Python interpreter") from None
     if found.returncode:
         raise InputError(f"--peer-python {python}: that interpreter cannot import torch and transformers")
+
+
+def _write_setup(folder: Path, config: RankerConfig, params: Params, request: PackRequest) -> dict[str, Any]:
+    """Writes the request's rows and the models for them; returns what tells the peer's worker of them."""
+    rows = np.array([[*request.prefix_ids, *item] for item in request.item_ids], np.int64)
+    _write_models(folder, config, params, rows)
+    np.save(folder / "rows.npy", rows)
+    return {
+        "rows": str(folder / "rows.npy"),
+        "prefix": len(request.prefix_ids),
+        "labels": list(config.label_token_ids),
+        "folder": str(folder / "model"),
+        "classifier": str(folder / "classifier"),
+    }
 
 
 def _write_models(folder: Path, config: RankerConfig, params: Params, rows: np.ndarray) -> None:

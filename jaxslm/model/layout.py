@@ -359,8 +359,9 @@ def prefix_item_attention(
         S = k_RKJSH.shape[3]
         last_RT = jnp.arange(T)[None] if last_RJ is None else last_RJ
         seen_RTS = jnp.arange(S) <= last_RT[..., None]
-        mask = [jnp.broadcast_to(prefix_valid_RP[:, None], (R, T, P)), jnp.broadcast_to(seen_RTS, (R, T, S))]
-        out = _blockwise_attention(q_RKJTGH[:, :, 0], keys, values, jnp.concatenate(mask, axis=2), before=P + S - T)
+        seen_prefix_RTP = jnp.broadcast_to(prefix_valid_RP[:, None], (R, T, P))
+        seen = jnp.concatenate([seen_prefix_RTP, jnp.broadcast_to(seen_RTS, (R, T, S))], axis=2)
+        out = _blockwise_attention(q_RKJTGH[:, :, 0], keys, values, seen, before=P + S - T)
         return out[:, :, None]
     q_RKJTGH = q_RKJTGH * H**-0.5
     outputs = []

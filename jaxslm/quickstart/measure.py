@@ -211,10 +211,8 @@ def _run_of(contestant: Contestant, requests: Requests, stack: ExitStack) -> _Te
     ranker = load_few_shapes(contestant.model)
     if contestant.store is None:
         return _TextRun(ranker, requests)
-    if ranker.vector_scorer is None:
-        raise InputError(f"{contestant.model}: reads no embedding tokens")
     store = stack.enter_context(open_store(str(contestant.store), read_only=True))
-    return _StoreRun(ranker, ranker.vector_scorer, requests, store)
+    return _StoreRun(ranker, ranker.required_vector_scorer, requests, store)
 
 
 def _bi_encoder_run(encoder: Path, max_item_tokens: int, requests: Requests) -> Run:

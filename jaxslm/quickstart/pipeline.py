@@ -91,6 +91,9 @@ class Pipeline:
 
     def stages(self) -> list[Stage]:
         """All stages in order."""
+        return [*self._making(), *self._measuring()]
+
+    def _making(self) -> list[Stage]:
         return [
             Stage(
                 "Data",
@@ -155,6 +158,10 @@ class Pipeline:
                 self.encoded,
                 measured=[self.compressed],
             ),
+        ]
+
+    def _measuring(self) -> list[Stage]:
+        return [
             Stage(
                 "Quality",
                 "Searches that no stage has seen: does each ranker put the fitting postings first?",

@@ -18,6 +18,10 @@ Vectors = Sequence[Float[np.ndarray, "_ _"]] | Float[np.ndarray, "J C D"]
 """The embedding tokens of each item, [C, D]; C may differ between items."""
 
 
+Part = tuple[Sequence[int], PackRequest]
+"""Items of a request that a forward pass can hold together, and their places in the request."""
+
+
 @dataclass(frozen=True)
 class VectorRequest:
     """A query with items as embedding tokens.
@@ -53,20 +57,10 @@ class VectorScorer:
             InputError: an empty query, no items, vectors of another width or of a number that was not trained,
                 missing texts, or a row beyond the prompt's `max_tokens`.
         """
-        answers = [np.empty((len(request.vectors), 2), np.float32) for request in requests]
-        packed: dict[int, list[tuple[int, list[int], PackRequest]]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            for places, part in self.pack(request):
-                packed[part.vectors_per_item].append((number, places, part))
-        for group in packed.values():  # a forward pass has one number of vectors per item
-            logits = self._scorer.logits([pack for _, _, pack in group])
-            ends = np.cumsum([len(places) for _, places, _ in group])
-            for (number, places, _), values in zip(group, np.split(logits, ends[:-1]), strict=True):
-                answers[number][places] = values
-        return answers
+        return logits_of_parts(self._scorer, [(len(request.vectors), self.pack(request)) for request in requests])
 
-    def pack(self, request: VectorRequest) -> list[tuple[list[int], PackRequest]]:
-        """Returns a request in token ids, one part for each number of vectors, with the places of its items.
+    def pack(self, request: VectorRequest) -> list[Part]:
+        """Returns a request in token ids, one part for each number of vectors.
 
         Raises:
             InputError: as `logits`.
@@ -78,7 +72,7 @@ class VectorScorer:
                 f"query: {len(prefix)} tokens with the prompt's words leave no room for an item in a row of"
                 f" max_tokens = {self._max_tokens}"
             )
-        parts = []
+        parts: list[Part] = []
         for k in sorted(set(ks)):
             places = [place for place, each in enumerate(ks) if each == k]
             vectors = np.stack([np.asarray(request.vectors[place], np.float32) for place in places])
@@ -97,3 +91,24 @@ class VectorScorer:
                 known = ", ".join(map(str, self._config.ks))
                 raise InputError(f"item {number}: {len(vectors)} vectors, the compressor was trained for {known}")
         return [len(vectors) for vectors in request.vectors]
+
+
+def logits_of_parts(
+    scorer: CompiledScorer, requests: Sequence[tuple[int, Sequence[Part]]]
+) -> list[Float32[np.ndarray, "_ 2"]]:
+    """Returns the logits of (no, yes) of each request's items, 0 where no part has them; requests share forward passes.
+
+    Args:
+        requests: the number of items of each, and its parts.
+    """
+    answers = [np.zeros((num_items, 2), np.float32) for num_items, _ in requests]
+    alike: dict[int, list[tuple[int, Sequence[int], PackRequest]]] = defaultdict(list)
+    for number, (_, parts) in enumerate(requests):
+        for places, part in parts:
+            alike[part.vectors_per_item].append((number, places, part))
+    for group in alike.values():  # a forward pass has one number of vectors per item
+        logits = scorer.logits([part for _, _, part in group])
+        ends = np.cumsum([len(places) for _, places, _ in group])
+        for (number, places, _), values in zip(group, np.split(logits, ends[:-1]), strict=True):
+            answers[number][places] = values
+    return answers

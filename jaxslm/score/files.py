@@ -3,8 +3,9 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from jaxslm.progress import console, progress
 
 if TYPE_CHECKING:
     from jaxslm.items.store import Store
+    from jaxslm.score.compressed import Part
     from jaxslm.score.scorer import Ranker
 
 
@@ -53,30 +55,24 @@ def score_file(
     if calibrated:
         _check_calibration(model)
     fitted = load_toml(buckets, BucketConfig) if buckets else None
-    num_items = 0
-    for number, request in enumerate(read_records(input_file, Request), start=1):
-        _checked(input_file, number, request, by_id=store is not None)
-        num_items += len(request.items)
+    num_items = _checked_items(input_file, by_id=store is not None)
 
     from jaxslm.score.scorer import load
 
     ranker = load(model, dtype, buckets=fitted)
     num_requests, counts = 0, Counter[str]()
     with ExitStack() as stack:
-        answer = _text_answers if store is None else _store_answers(ranker, stack.enter_context(_opened(store)))
+        prepare = _preparer(ranker, None if store is None else stack.enter_context(_opened(store)))
         start = time.perf_counter()
         lines = stack.enter_context(stack.enter_context(new_file(output)).open("w", encoding="utf-8"))
         bar = stack.enter_context(progress())
         task = bar.add_task("scoring items", total=num_items)
-        for number, request in enumerate(read_records(input_file, Request), start=1):
-            try:
-                line, found = answer(ranker, request, calibrated)
-            except InputError as error:
-                raise InputError(f"{input_file}: request {number}: {error}") from None
-            lines.write(json.dumps(line) + "\n")
-            num_requests += 1
-            counts.update(found)
-            bar.advance(task, len(request.items))
+        for group in _groups(input_file, prepare, _group_tokens(ranker)):
+            for line in _lines(ranker, group, calibrated=calibrated):
+                lines.write(json.dumps(line) + "\n")
+            num_requests += len(group)
+            counts.update(word for each in group for word in each.counted)
+            bar.advance(task, sum(each.num_items for each in group))
     seconds = time.perf_counter() - start
     if counts["truncated"]:
         limit, cut = ranker.config.prompt.max_tokens, counts["truncated"]
@@ -91,20 +87,85 @@ def score_file(
     }
 
 
-Answers = Callable[["Ranker", Request, bool], tuple[dict[str, Any], list[str]]]
-"""(ranker, request, calibrated) -> (a line of the output, what is counted of its items)."""
+@dataclass(frozen=True)
+class _Prepared:
+    """A request of the file in token ids.
+
+    Attributes:
+        parts: what is scored of it, with the places of the items in the request.
+        about: what its line says beside scores. counted: words that the summary counts.
+    """
+
+    num_items: int
+    parts: "Sequence[Part]"
+    about: Mapping[str, Sequence[Any]]
+    counted: Sequence[str]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all parts."""
+        return sum(len(part.prefix_ids) + sum(map(len, part.item_ids)) for _, part in self.parts)
 
 
-def _text_answers(ranker: "Ranker", request: Request, calibrated: bool) -> tuple[dict[str, Any], list[str]]:
-    scores = ranker.score_request(request.query, [item.text or "" for item in request.items])
-    line = {
-        "scores": scores.probabilities.tolist(),
-        "logits": scores.log_odds.tolist(),
-        "truncated": scores.truncated,
-    }
-    if calibrated:
-        line["calibrated"] = scores.calibrated.tolist()
-    return line, ["truncated"] * sum(scores.truncated)
+Prepare = Callable[[Request], _Prepared]
+
+
+def _group_tokens(ranker: "Ranker") -> int:
+    """Returns how many tokens of requests are scored together: enough that the last pass, which is seldom full, counts
+    little, and few enough that progress shows."""
+    return 1 << 13 if ranker.scorer.devices[0].platform == "cpu" else 1 << 17
+
+
+def _groups(input_file: Path, prepare: Prepare, tokens: int) -> Iterator[list[_Prepared]]:
+    """Yields the requests of a file in order, prepared, in lists of about so many tokens."""
+    group: list[_Prepared] = []
+    waiting = 0
+    for number, request in enumerate(read_records(input_file, Request), start=1):
+        try:
+            group.append(prepare(request))
+        except InputError as error:
+            raise InputError(f"{input_file}: request {number}: {error}") from None
+        waiting += group[-1].num_tokens
+        if waiting >= tokens:
+            yield group
+            group, waiting = [], 0
+    if group:
+        yield group
+
+
+def _lines(ranker: "Ranker", group: Sequence[_Prepared], *, calibrated: bool) -> Iterator[dict[str, Any]]:
+    """Yields the line of each request; they share forward passes."""
+    from jaxslm.score.compressed import logits_of_parts
+    from jaxslm.score.scorer import Scores
+
+    found = logits_of_parts(ranker.scorer, [(each.num_items, each.parts) for each in group])
+    for each, logits in zip(group, found, strict=True):
+        scores = Scores(logits, [False] * each.num_items, ranker.manifest.calibration)
+        columns = {"scores": scores.probabilities, "logits": scores.log_odds}
+        if calibrated:
+            columns["calibrated"] = scores.calibrated
+        scored = {place for places, _ in each.parts for place in places}
+        yield {
+            name: [value if place in scored else None for place, value in enumerate(column.tolist())]
+            for name, column in columns.items()
+        } | dict(each.about)
+
+
+def _preparer(ranker: "Ranker", store: "Store | None") -> Prepare:
+    return _text_preparer(ranker) if store is None else _store_preparer(ranker, store)
+
+
+def _text_preparer(ranker: "Ranker") -> Prepare:
+    from jaxslm.score.forward import PackRequest
+
+    def prepare(request: Request) -> _Prepared:
+        encoded = ranker.prompt.encode(request.query, [item.text or "" for item in request.items])
+        num_items = len(encoded.item_ids)
+        parts = [(range(num_items), PackRequest(encoded.prefix_ids, encoded.item_ids))]
+        truncated = encoded.truncated
+        return _Prepared(num_items, parts, {"truncated": truncated}, ["truncated"] * sum(truncated))
+
+    return prepare
 
 
 def _opened(url: str) -> "Store":
@@ -113,32 +174,28 @@ def _opened(url: str) -> "Store":
     return open_store(url, read_only=True)
 
 
-def _store_answers(ranker: "Ranker", store: "Store") -> Answers:
-    """Returns what scores items by id; refuses a store that was written for another model."""
+def _store_preparer(ranker: "Ranker", store: "Store") -> Prepare:
+    """Returns what looks items up by id; refuses a store that was written for another model."""
     from jaxslm.compress.encoder import identity_of
     from jaxslm.items.lookup import ItemVectors
+    from jaxslm.score.compressed import VectorRequest
 
     known = ItemVectors(store, identity_of(ranker.manifest))
     known.check_store()
-    compressor = ranker.manifest.compressor
-    reads_text = compressor is not None and bool(compressor.text_fields)
+    scorer = ranker.required_vector_scorer
 
-    def answer(ranker: "Ranker", request: Request, calibrated: bool) -> tuple[dict[str, Any], list[str]]:
+    def prepare(request: Request) -> _Prepared:
         lookup = known.get([item.id or "" for item in request.items])
         found = [place for place, each in enumerate(lookup.vectors) if each is not None]
-        names = ("scores", "logits", *(("calibrated",) if calibrated else ()))
-        line: dict[str, Any] = {name: [None] * len(request.items) for name in names} | {"status": lookup.status}
+        parts: list[Part] = []
         if found:
             vectors = [each for each in lookup.vectors if each is not None]
-            texts = [request.items[place].text or "" for place in found] if reads_text else None
-            scores = ranker.score_vectors(request.query, vectors, texts)
-            columns = [scores.probabilities, scores.log_odds, *([scores.calibrated] if calibrated else [])]
-            for name, column in zip(names, columns, strict=True):
-                for place, value in zip(found, column.tolist(), strict=True):
-                    line[name][place] = value
-        return line, list(lookup.status)
+            texts = [request.items[place].text or "" for place in found] if scorer.reads_texts else None
+            packed = scorer.pack(VectorRequest(request.query, vectors, texts))
+            parts = [([found[place] for place in places], part) for places, part in packed]
+        return _Prepared(len(request.items), parts, {"status": lookup.status}, lookup.status)
 
-    return answer
+    return prepare
 
 
 def _check_calibration(model: Path) -> None:
@@ -148,9 +205,15 @@ def _check_calibration(model: Path) -> None:
         raise InputError(f"{model}: carries no calibration; `jaxslm calibrate` makes a checkpoint that does")
 
 
-def _checked(input_file: Path, number: int, request: Request, *, by_id: bool) -> None:
-    for place, item in enumerate(request.items):
-        if by_id and item.id is None:
-            raise InputError(f"{input_file}: request {number}: items.{place}.id: needed to find the item in the store")
-        if not by_id and not (item.text or "").strip():
-            raise InputError(f"{input_file}: request {number}: items.{place}.text: must not be empty")
+def _checked_items(input_file: Path, *, by_id: bool) -> int:
+    """Returns the number of items of a file of requests; raises InputError if a line breaks a rule."""
+    num_items = 0
+    for number, request in enumerate(read_records(input_file, Request), start=1):
+        num_items += len(request.items)
+        for place, item in enumerate(request.items):
+            where = f"{input_file}: request {number}: items.{place}"
+            if by_id and item.id is None:
+                raise InputError(f"{where}.id: needed to find the item in the store")
+            if not by_id and not (item.text or "").strip():
+                raise InputError(f"{where}.text: must not be empty")
+    return num_items

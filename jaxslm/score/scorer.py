@@ -88,6 +88,13 @@ class Ranker:
         return self.scorer.dtype
 
     @property
+    def required_vector_scorer(self) -> VectorScorer:
+        """What scores embedding tokens; raises InputError if the checkpoint has no compressor."""
+        if self.vector_scorer is None:
+            raise InputError("this ranker reads no embedding tokens: `jaxslm train compressor` makes one that does")
+        return self.vector_scorer
+
+    @property
     def label_token_ids(self) -> tuple[int, int]:
         """Token ids of (no, yes)."""
         return self.config.label_token_ids
@@ -139,10 +146,8 @@ class Ranker:
 
     def score_vectors_many(self, requests: Sequence[VectorRequest]) -> list[Scores]:
         """Returns the scores of several requests, which share forward passes; raises as `score_vectors`."""
-        if self.vector_scorer is None:
-            raise InputError("this ranker reads no embedding tokens: `jaxslm train compressor` makes one that does")
-        calibration = self.manifest.calibration
-        return [Scores(logits, [False] * len(logits), calibration) for logits in self.vector_scorer.logits(requests)]
+        calibration, scorer = self.manifest.calibration, self.required_vector_scorer
+        return [Scores(logits, [False] * len(logits), calibration) for logits in scorer.logits(requests)]
 
     def label_logits(self, rows: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Returns the last token's logits of (no, yes) for rows of token ids, float32 [rows, 2]; adds no template.
