@@ -270,9 +270,12 @@ def _masked_scores(config: RankerConfig) -> Callable[[Params, Any, Batch], Array
 def masked_log_odds(
     config: RankerConfig, params: Params, masks: Masks, calibration: Calibration
 ) -> list[Float[np.ndarray, " _"]]:
-    """Returns the log-odds of each request's items under masks, float32. Other masks compile nothing anew."""
+    """Returns the log-odds of each request's items under masks, float32. Other masks compile nothing anew.
+
+    Items that `Calibration.first` left out have NaN.
+    """
     scores, variables = _masked_scores(config), masks.variables(config.model)
-    log_odds_n = np.empty(sum(calibration.sizes), np.float32)
+    log_odds_n = np.full(sum(calibration.sizes), np.nan, np.float32)
     for forward, batch in zip(calibration.forwards, calibration.batches(), strict=True):
         log_odds_n[forward.indices] = np.asarray(scores(params, variables, batch))[forward.places]
     return np.split(log_odds_n, np.cumsum(calibration.sizes)[:-1])

@@ -12,6 +12,7 @@ from jaxslm.checkpoint import Checkpoint, load_checkpoint, load_manifest, save_c
 from jaxslm.data_files import Item, read_records
 from jaxslm.errors import InputError
 from jaxslm.prune.calibrate import Calibration, read_calibration, request_texts
+from jaxslm.prune.depth import order_kept
 from jaxslm.prune.masks import Masks
 from jaxslm.prune.model import Pruned, PruneSettings, check_target, prune_model, removes_anything
 from jaxslm.prune.report import describe, print_result
@@ -59,6 +60,10 @@ def prune_checkpoint(
         calibration, items, dense.prompt, max_tokens=settings.calibration_tokens, seed=settings.seed
     )
     pruned = prune_model(dense.config, dense.params, prompts, settings)
+    order = None
+    if settings.drop_layers:
+        ranker = dense.config.model_copy(update={"model": pruned.config})
+        order = order_kept(dense.config, dense.params, ranker, pruned.params, prompts)
     small, masks = _with_vocabulary(dense, pruned, vocab_keep, calibration, items)
     seconds = time.perf_counter() - start
     saved = save_checkpoint(
@@ -72,7 +77,7 @@ def prune_checkpoint(
         extra={**dense.extra, MASKS: masks.tree()},
         compressor=manifest.compressor,
     )
-    result = describe(manifest, saved, pruned.layers, masks, prompts, settings)
+    result = describe(manifest, saved, pruned.layers, masks, prompts, settings, order)
     result |= {"checkpoint": str(out), "calibration_file": str(calibration), "seconds": round(seconds, 2)}
     print_result(result)
     return result

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 
 from jaxslm.config import ModelConfig, RankerConfig
 from jaxslm.errors import InputError
-from jaxslm.evaluate.metrics import evaluate_run
+from jaxslm.evaluate.agreement import kendall_tau
+from jaxslm.evaluate.metrics import Estimate, Run, evaluate_run
 from jaxslm.model.decoder import Params
 from jaxslm.prune.calibrate import Calibration, embed, layer_functions, masked_log_odds
 from jaxslm.prune.masks import keep_all
@@ -19,6 +20,9 @@ DepthCriterion = Literal["last", "keep-last-1", "keep-last-2", "block-influence"
 greedy: again and again the one without which nDCG@10 on the calibration lists is best."""
 
 Layers = Bool[np.ndarray, " L"]
+
+ORDER_TOKENS = 8192
+"""Calibration tokens on which the orders before and after are compared."""
 
 
 def choose_layers(
@@ -119,6 +123,26 @@ def ndcg_measure(config: RankerConfig, params: Params, calibration: Calibration)
         return evaluate_run(labels, run, resamples=1).estimates["ndcg_at_10"].mean
 
     return measure
+
+
+def order_kept(
+    dense: RankerConfig, dense_params: Params, small: RankerConfig, small_params: Params, calibration: Calibration
+) -> Estimate | None:
+    """Returns Kendall's tau of the pruned model's order of the calibration lists to that of the model before.
+
+    1 is the same order, 0 one that has nothing to do with it; None if no list has two items. What a layer's errors
+    do not say: layers that go can take all of a ranking with them.
+    """
+    some = calibration.first(ORDER_TOKENS)
+
+    def run(config: RankerConfig, params: Params) -> Run:
+        rows = masked_log_odds(config, params, keep_all(config.model), some)
+        of_lists = {str(query): _by_place(row.tolist()) for query, row in enumerate(rows)}
+        return {
+            query: {place: each for place, each in row.items() if not np.isnan(each)} for query, row in of_lists.items()
+        }
+
+    return kendall_tau(run(dense, dense_params), run(small, small_params))
 
 
 def _by_place(values: Sequence[float]) -> dict[str, float]:

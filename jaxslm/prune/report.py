@@ -7,6 +7,7 @@ from rich.table import Table
 
 from jaxslm.checkpoint import Manifest
 from jaxslm.config import ModelConfig
+from jaxslm.evaluate.metrics import Estimate
 from jaxslm.model.cost import attention_flops_per_pair, count_parameters, linear_flops_per_token
 from jaxslm.progress import console
 from jaxslm.prune.calibrate import Calibration
@@ -26,6 +27,10 @@ SIZES = {
 }
 
 
+LITTLE_TAU = 0.3
+"""Below this, 30 updates gave tau 0.6 back at best, where neurons alone keep 0.7 and more (docs/results/pruning.md)."""
+
+
 def describe(
     dense: Manifest,
     small: Manifest,
@@ -33,8 +38,13 @@ def describe(
     masks: Masks,
     calibration: Calibration,
     settings: PruneSettings,
+    order: Estimate | None,
 ) -> dict[str, Any]:
-    """Returns sizes before and after, each layer's error, the layers kept, the calibration set and the settings."""
+    """Returns sizes before and after, each layer's error, the layers kept, the calibration set and the settings.
+
+    Args:
+        order: `jaxslm.prune.depth.order_kept` where layers went.
+    """
     return {
         "params_sha256": small.params_sha256,
         "parent": dense.params_sha256,
@@ -42,6 +52,8 @@ def describe(
         "after": _sizes(small.ranker.model),
         "kept_layers": np.flatnonzero(masks.keep_layers).tolist(),
         "layers": [vars(report) for report in layers],
+        "order_tau": None if order is None else order.mean,
+        "order_tau_ci95": None if order is None else [order.low, order.high],
         "calibration": {
             "requests": len(calibration.sizes),
             "items": sum(calibration.sizes),
@@ -75,6 +87,21 @@ def print_result(result: dict[str, Any]) -> None:
         f"calibration: {result['calibration_file']}, {used['requests']:,} requests with {used['items']:,} items,"
         f" {used['tokens']:,} tokens (sha256 {used['token_ids_sha256'][:16]}…)\n"
         f"{result['seconds']:,.1f} s"
+    )
+    if result["order_tau"] is not None:
+        console().print(_order_words(result["order_tau"], *result["order_tau_ci95"]))
+
+
+def _order_words(tau: float, low: float, high: float) -> str:
+    words = (
+        f"order of the calibration lists: Kendall's tau {tau:.2f} [{low:.2f}, {high:.2f}] to the model before"
+        " (1: the same, 0: nothing to do with it)"
+    )
+    if tau >= LITTLE_TAU:
+        return words
+    return (
+        f"{words}: little is left for recovery. Neurons and KV groups alone (--mlp-keep, --kv-groups-keep, --by-layer)"
+        " or another --depth-criterion may keep more"
     )
 
 

@@ -13,6 +13,7 @@ from jaxslm.errors import InputError
 from jaxslm.prune.checkpoints import prune_checkpoint
 from jaxslm.prune.masks import Masks
 from jaxslm.prune.model import PruneSettings
+from jaxslm.prune.report import LITTLE_TAU
 from jaxslm.prune.shrink import shrunk_config
 from jaxslm.score.scorer import load
 from tests.prune.made import PROMPT, write_queries, write_requests
@@ -72,6 +73,22 @@ def test_what_is_reported(result: dict[str, Any]) -> None:
         before["parameters"] - after["parameters"]
         == before["non_embedding_parameters"] - after["non_embedding_parameters"]
     )
+
+
+def test_where_layers_went_the_order_that_is_left_is_told(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model without the layer that ranks has little of it; where only neurons went nothing is computed for it."""
+    requests = folder / "requests.jsonl"
+    layers = prune_checkpoint(folder / "dense", requests, tmp_path / "layers", settings())
+    low, high = layers["order_tau_ci95"]
+    assert -1 <= low <= layers["order_tau"] <= high <= 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"Kendall's tau {layers['order_tau']:.2f}" in told
+    assert ("--depth-criterion may keep more" in told) == (layers["order_tau"] < LITTLE_TAU)
+    neurons = prune_checkpoint(folder / "dense", requests, tmp_path / "neurons", settings(drop_layers=0))
+    assert neurons["order_tau"] is None
+    assert "Kendall" not in capsys.readouterr().err
 
 
 def test_pruning_again_names_the_pruned_parent(tmp_path: Path, folder: Path, result: dict[str, Any]) -> None:

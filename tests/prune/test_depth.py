@@ -14,8 +14,17 @@ from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.layers import Layer
 from jaxslm.model.layout import Rows
+from jaxslm.prune import depth
 from jaxslm.prune.calibrate import masked_log_odds, pack_calibration, read_calibration
-from jaxslm.prune.depth import block_influence, choose_layers, drop_greedily, drop_last, drop_least, ndcg_measure
+from jaxslm.prune.depth import (
+    block_influence,
+    choose_layers,
+    drop_greedily,
+    drop_last,
+    drop_least,
+    ndcg_measure,
+    order_kept,
+)
 from jaxslm.prune.masks import keep_all
 from tests.prune.made import PROMPT, prompt, write_queries
 from tests.tiny import tiny_config, tiny_params, tiny_ranker, tiny_ranker_config
@@ -111,3 +120,20 @@ def test_greedy_depth_drops_the_layer_that_spoils_the_ranking(tmp_path: Path) ->
     assert kept(choose_layers("greedy", config, params, calibration, 1)) == [0, 2]
     with pytest.raises(InputError, match="greedy: needs labels"):
         choose_layers("greedy", config, params, replace(calibration, labels=None), 1)
+
+
+def test_the_order_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 for the same model, -1 for one that says no for yes, and of the first batches of a large set alone."""
+    config = tiny_ranker_config(tiny_config(num_layers=2), **PROMPT)
+    params = tiny_params(config.model)
+    queries, items = write_queries(tmp_path)
+    monkeypatch.setattr(depth, "ORDER_TOKENS", 1)
+    calibration = read_calibration(queries, items, prompt(), max_tokens=60_000)
+    assert len(calibration.forwards) > len(calibration.first(1).forwards)
+    opposite = config.model_copy(update={"label_token_ids": config.label_token_ids[::-1]})
+    for other, expected in ((config, 1.0), (opposite, -1.0)):
+        found = order_kept(config, params, other, params, calibration)
+        assert found is not None
+        assert found.mean == pytest.approx(expected)
+    alone = pack_calibration([prompt().encode("nurse", ["cook"])])
+    assert order_kept(config, params, config, params, alone) is None
