@@ -203,7 +203,7 @@ def prune(
     depth_criterion: Annotated[
         Literal["last", "keep-last-1", "keep-last-2", "block-influence", "greedy"],
         typer.Option(help="Which layers go; greedy measures nDCG@10 and needs --items."),
-    ] = "last",
+    ] = "keep-last-1",
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts to read.")] = 65_536,
     width_multiple: Annotated[int, typer.Option(min=1, help="--mlp-keep must be a multiple of it.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts' choice and of --criterion random.")] = 0,

@@ -3,7 +3,7 @@
     python scripts/prune_study.py --dense ranker --data demo/jobs --out study --mlp-keep 768 --drop-layers 2 \\
         --recovery configs/cpu-recover.toml --recover osscar --gradual --limit 400
     python scripts/prune_study.py --dense ranker --data demo/jobs --out study \\
-        --arm last drop_layers=2 --arm influence drop_layers=2 depth_criterion=block-influence
+        --arm last drop_layers=2 depth_criterion=last --arm influence drop_layers=2 depth_criterion=block-influence
 
 Checkpoints in --out are reused, so a stopped study goes on. Prints one JSON object last and writes it to
 OUT/result.json, a result file for `jaxslm report`; beside it a TREC run of each ranker and split, for `jaxslm compare`

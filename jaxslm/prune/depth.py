@@ -16,7 +16,8 @@ from jaxslm.prune.calibrate import Calibration, embed, layer_functions, masked_l
 from jaxslm.prune.masks import keep_all
 
 DepthCriterion = Literal["last", "keep-last-1", "keep-last-2", "block-influence", "greedy"]
-"""last: the last layers go; keep-last-n: those before the n last; block-influence: those that turn their states least;
+"""last: the last layers go; keep-last-n: those before the n last, for the very last one reads the answer, above all one
+that `comparison_layer` made (docs/results/pruning.md); block-influence: those that turn their states least;
 greedy: again and again the one without which nDCG@10 on the calibration lists is best."""
 
 Layers = Bool[np.ndarray, " L"]

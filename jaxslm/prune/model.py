@@ -42,7 +42,7 @@ class PruneSettings(Settings):
     criterion: Criterion = "osscar"
     refit: bool = True
     swaps: Annotated[int, Field(ge=0)] = 0
-    depth_criterion: DepthCriterion = "last"
+    depth_criterion: DepthCriterion = "keep-last-1"
     calibration_tokens: Positive = 65_536
     width_multiple: Positive = 128
     seed: Annotated[int, Field(ge=0)] = 0

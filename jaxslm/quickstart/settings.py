@@ -67,7 +67,7 @@ class QuickstartSettings(Settings):
     mlp_keep: Positive = 1024
     by_layer: bool = True
     drop_layers: Annotated[int, Field(ge=0)] = 0
-    depth_criterion: DepthCriterion = "last"
+    depth_criterion: DepthCriterion = "keep-last-1"
     width_multiple: Positive = 128
     calibration_tokens: Positive = 24_576
     measure: MeasureSettings = MeasureSettings()

@@ -86,7 +86,7 @@ def test_what_was_shared_out_can_be_shared_out_again() -> None:
 
 
 def test_layers_that_go_take_their_neurons_with_them(tmp_path: Path) -> None:
-    config = tiny_ranker_config(tiny_config(num_layers=3, mlp_width=(16, 16, 48)), **PROMPT)
+    config = tiny_ranker_config(tiny_config(num_layers=3, mlp_width=(16, 48, 16)), **PROMPT)
     settings = PruneSettings(mlp_keep=24, width_multiple=8, by_layer=True, drop_layers=1)
     check_target(config.model, settings)
     with pytest.raises(InputError, match="--mlp-keep 24: is above the 16"):
