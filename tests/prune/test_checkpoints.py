@@ -85,7 +85,7 @@ def test_where_layers_went_the_order_that_is_left_is_told(
     assert -1 <= low <= layers["order_tau"] <= high <= 1
     told = " ".join(capsys.readouterr().err.split())
     assert f"Kendall's tau {layers['order_tau']:.2f}" in told
-    assert ("--depth-criterion may keep more" in told) == (layers["order_tau"] < LITTLE_TAU)
+    assert ("recovery begins from little" in told) == (layers["order_tau"] < LITTLE_TAU)
     neurons = prune_checkpoint(folder / "dense", requests, tmp_path / "neurons", settings(drop_layers=0))
     assert neurons["order_tau"] is None
     assert "Kendall" not in capsys.readouterr().err
