@@ -43,8 +43,8 @@ class Options:
 
 def default_options() -> Options:
     """Returns the best settings known for this platform."""
-    # On a CPU 2,048 tokens save four of 10 times that a shared prefix is computed again, and their states still fit in
-    # the cache: 3 % over 1,024 with `summary`; 8,192 are slower (docs/results/scoring.md).
+    # On a CPU `summary` is 3 % faster in passes of 2,048 tokens than of 1,024: four compute its prefix, not ten.
+    # 8,192 are slower (docs/results/scoring.md).
     return Options(max_tokens=2048 if jax.default_backend() == "cpu" else 16384)
 
 

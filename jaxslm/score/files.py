@@ -111,8 +111,10 @@ Prepare = Callable[[Request], _Prepared]
 
 
 def _group_tokens(ranker: "Ranker") -> int:
-    """Returns how many tokens of requests are scored together: enough that the last pass, which is seldom full, counts
-    little, and few enough that progress shows."""
+    """Returns how many tokens of requests are scored together.
+
+    Enough that the last pass, which is seldom full, counts little, and few enough that progress shows.
+    """
     return 1 << 13 if ranker.scorer.devices[0].platform == "cpu" else 1 << 17
 
 
