@@ -32,11 +32,11 @@ class Options:
         implementation: of the ops that have kernels, as `make_score_fn` takes it; None is dispatch's choice.
     """
 
+    max_tokens: int
     sharing: bool = True
     padded: bool = False
     cuts: Cuts = "all"
     fitted: bool = True
-    max_tokens: int = 2048
     requests: int = 1
     implementation: str | None = None
 

@@ -15,7 +15,6 @@ from jaxslm.config import Positive
 from jaxslm.errors import InputError
 from jaxslm.evaluate.report import write_report
 from jaxslm.progress import console
-from jaxslm.prune.depth import DepthCriterion
 from jaxslm.quickstart.int8 import write_int8
 from jaxslm.quickstart.measure import combine
 from jaxslm.quickstart.pipeline import Pipeline
@@ -56,7 +55,6 @@ class FullSizeSettings(QuickstartSettings):
     mlp_keep: Positive = 768
     by_layer: bool = False  # the kernels are tuned for one width
     drop_layers: int = 6
-    depth_criterion: DepthCriterion = "keep-last-1"
     calibration_tokens: int = 65_536
     measure: MeasureSettings = MeasureSettings(queries=400, candidates=50, speed_requests=8, speed_items=250)
     bench: Annotated[tuple[Annotated[tuple[str, str], Field(strict=False)], ...], Field(strict=False)] = (

@@ -78,7 +78,7 @@ def test_what_is_reported(result: dict[str, Any]) -> None:
 def test_where_layers_went_the_order_that_is_left_is_told(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model without the layer that ranks has little of it; where only neurons went nothing is computed for it."""
+    """With what it means for recovery; where only neurons went nothing is computed for it."""
     requests = folder / "requests.jsonl"
     layers = prune_checkpoint(folder / "dense", requests, tmp_path / "layers", settings())
     low, high = layers["order_tau_ci95"]

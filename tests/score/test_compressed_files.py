@@ -12,20 +12,9 @@ from jaxslm import cli
 from jaxslm.compress.encoder import load_encoder
 from jaxslm.items.record import Record, RecordIdentity, pack_record
 from jaxslm.items.store import open_store
-from jaxslm.score.scorer import Ranker, load
-from tests.compress.tiny_compressor import compressor_checkpoint
+from jaxslm.score.scorer import Ranker
 
 TEXTS = {"a": "python developer", "b": "nurse", "c": "night shift welder", "d": "pilot"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compressor_checkpoint(tmp_path_factory.mktemp("files") / "ckpt", ks=(2,))
-
-
-@pytest.fixture(scope="module")
-def ranker(checkpoint: Path) -> Ranker:
-    return load(checkpoint)
 
 
 @pytest.fixture(scope="module")

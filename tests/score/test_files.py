@@ -14,20 +14,9 @@ from jaxslm.items.record import Record, pack_record
 from jaxslm.items.store import open_store
 from jaxslm.score import files
 from jaxslm.score.compiled import CompiledScorer
-from jaxslm.score.scorer import Ranker, load
-from tests.compress.tiny_compressor import compressor_checkpoint
+from jaxslm.score.scorer import Ranker
 
 WORDS = ("python", "nurse", "night shift welder", "pilot", "baker of bread")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compressor_checkpoint(tmp_path_factory.mktemp("files") / "ckpt", ks=(2,))
-
-
-@pytest.fixture(scope="module")
-def ranker(checkpoint: Path) -> Ranker:
-    return load(checkpoint)
 
 
 @pytest.fixture
