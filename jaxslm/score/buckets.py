@@ -82,7 +82,7 @@ def default_buckets(platform: str) -> BucketConfig:
 
 
 FEW_PREFIX_TOKENS = (64, 128)
-"""Prefixes of `few_buckets`: a sentence, and the longest; a longer one joins its items."""
+"""Prefixes of `few_buckets`: a sentence, and the longest that texts share; a longer one joins them."""
 
 
 def few_buckets(platform: str, config: RankerConfig, compressor: CompressorConfig | None = None) -> BucketConfig:
@@ -105,7 +105,11 @@ def few_buckets(platform: str, config: RankerConfig, compressor: CompressorConfi
         for k in compressor.ks:
             item = k + compressor.answer_tokens + compressor.max_text_tokens
             buckets += [make_bucket(size, sentence, item, item, k) for size in passes]
-            buckets.append(make_bucket(passes[-1], longest_prefix, item, item, k))
+            # No prefix can join vectors: the longest that the prompt makes needs a shape too, and where it is not much
+            # longer that one is enough.
+            far = prompt.max_tokens > 2 * longest_prefix
+            for prefix in (longest_prefix, prompt.max_tokens) if far else (max(longest_prefix, prompt.max_tokens),):
+                buckets.append(make_bucket(max(passes[-1], prefix + item), prefix, item, item, k))
     return BucketConfig(buckets=tuple(dict.fromkeys(buckets)))
 
 

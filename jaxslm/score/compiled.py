@@ -20,6 +20,7 @@ from jaxslm.score.flat import FlatBatch
 from jaxslm.score.forward import MAX_LABEL_IDS, Forward, PackRequest, empty_forward, values_per_item
 from jaxslm.score.packing import Packer
 from jaxslm.score.parallel import parallelise, replicate, scoring_devices
+from pallas_kernels.dispatch import XLA
 
 Batch = Mapping[str, Any]
 """Arrays by name, on the host or on the device."""
@@ -34,9 +35,9 @@ ScoreFn = jax.stages.Wrapped
 """A jitted function of `(params, batch)`: call it, or `lower` it."""
 
 
-def compute_dtype() -> jnp.dtype:
-    """The number type of this machine's accelerator: bfloat16 on GPU and TPU, float32 on CPU."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+def compute_dtype(platform: str | None = None) -> jnp.dtype:
+    """The number type of a platform, JAX's default one if None: bfloat16 on GPU and TPU, float32 on CPU."""
+    return jnp.dtype(jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16)
 
 
 def make_score_fn(
@@ -59,14 +60,17 @@ def make_score_fn(
         devices: with n > 1 of them, every array of the batch and the logits have a leading axis [n], one part for each
             device, and the parameters must be on all of them (`jaxslm.score.parallel.replicate`). All local
             accelerators if None; on a CPU one device, which uses all cores.
-        dtype: compute dtype; `compute_dtype()` if None.
+        dtype: compute dtype; `compute_dtype` of the devices' platform if None.
         implementation: of the ops that have kernels: "xla", "mosaic_gpu", or None for the fastest one measured on this
             device (`pallas_kernels.dispatch.explain` says which). Tracing raises ValueError if it cannot run.
         with_states: returns `(logits, states)`: beside the logits the final states [R, J, D] or [B, D] that they are
             read from, in the compute dtype; what `make_log_prob_fn` takes.
     """
     used = tuple(scoring_devices(devices))
-    return _make_score_fn(config, used, jnp.dtype(dtype or compute_dtype()), implementation, with_states)
+    platform = used[0].platform
+    if implementation is None and platform == "cpu" and jax.default_backend() != "cpu":
+        implementation = XLA  # kernels are chosen for the default device, which runs nothing of this
+    return _make_score_fn(config, used, jnp.dtype(dtype or compute_dtype(platform)), implementation, with_states)
 
 
 @cache
@@ -141,7 +145,7 @@ class CompiledScorer:
         """
         self.config = config
         self.devices = tuple(scoring_devices(devices))
-        self.dtype = jnp.dtype(dtype or compute_dtype())
+        self.dtype = jnp.dtype(dtype or compute_dtype(self.devices[0].platform))
         self.buckets = buckets or default_buckets(self.devices[0].platform)
         self.params: Params = replicate(jax.tree.map(lambda leaf: leaf.astype(self.dtype), params), self.devices)
         self.score_fn = make_score_fn(config, self.devices, self.dtype, implementation, with_states=True)

@@ -54,8 +54,8 @@ class VectorScorer:
         """Returns the logits of (no, yes) of each request's items; requests share forward passes.
 
         Raises:
-            InputError: an empty query, no items, vectors of another width or of a number that was not trained,
-                missing texts, or a row beyond the prompt's `max_tokens`.
+            InputError: an empty query, no items, vectors of another width, of a number that was not trained or with
+                values that are not finite, missing texts, or a row beyond the prompt's `max_tokens`.
         """
         return logits_of_parts(self._scorer, [(len(request.vectors), self.pack(request)) for request in requests])
 
@@ -75,7 +75,7 @@ class VectorScorer:
         parts: list[Part] = []
         for k in sorted(set(ks)):
             places = [place for place, each in enumerate(ks) if each == k]
-            vectors = np.stack([np.asarray(request.vectors[place], np.float32) for place in places])
+            vectors = _finite(request.vectors, places)
             parts.append((places, PackRequest(prefix, [items[place] for place in places], vectors)))
         return parts
 
@@ -91,6 +91,15 @@ class VectorScorer:
                 known = ", ".join(map(str, self._config.ks))
                 raise InputError(f"item {number}: {len(vectors)} vectors, the compressor was trained for {known}")
         return [len(vectors) for vectors in request.vectors]
+
+
+def _finite(vectors: Vectors, places: Sequence[int]) -> Float32[np.ndarray, "n C D"]:
+    """Returns the vectors of these items; raises InputError for a NaN, which padding would carry to other items."""
+    stacked = np.stack([np.asarray(vectors[place], np.float32) for place in places])
+    if not np.isfinite(stacked).all():
+        first = int(np.argmin(np.isfinite(stacked).all(axis=(1, 2))))
+        raise InputError(f"item {places[first]}: vectors must be finite")
+    return stacked
 
 
 def logits_of_parts(

@@ -45,7 +45,7 @@ class Scores:
     @property
     def probabilities(self) -> np.ndarray:
         """P(yes) = sigmoid(log-odds), float32 [J] in [0, 1]."""
-        return (0.5 * (1.0 + np.tanh(0.5 * self.log_odds))).astype(np.float32)
+        return Calibration().apply(self.log_odds).astype(np.float32)
 
     @property
     def calibrated(self) -> np.ndarray:

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxslm.config import Bucket, RankerConfig
 from jaxslm.model.decoder import abstract_params
 from jaxslm.score.compiled import Batch, CompiledScorer, make_score_fn
+from pallas_kernels.dispatch import XLA
 
 
 class _CompilationCounter:
@@ -124,7 +125,8 @@ def export_score_fn(config: RankerConfig, bucket: Bucket, dtype: DTypeLike, plat
     loaded, by a jax release of about half a year before or after.
     """
     params = abstract_params(config.model, jnp.dtype(dtype))
-    score_fn = make_score_fn(config, jax.local_devices()[:1], dtype)
+    # Kernels are for one kind of device; XLA's code is for all.
+    score_fn = make_score_fn(config, jax.local_devices()[:1], dtype, None if platforms == ("cuda",) else XLA)
     exported = jax_export.export(score_fn, platforms=platforms)(
         params, abstract_batch(bucket, config.model.width, dtype)
     )

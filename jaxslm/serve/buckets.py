@@ -22,7 +22,8 @@ def serving_buckets(config: RankerConfig, platform: str, compressor: CompressorC
     """
     sizes = PASS_TOKENS[platform]
     longest = config.prompt.max_tokens
-    shapes = [(item, shorter, 0) for shorter, item in pairwise((ITEM_EDGES[0] // 2, *ITEM_EDGES)) if shorter < longest]
+    items = (*ITEM_EDGES, longest) if longest > ITEM_EDGES[-1] else ITEM_EDGES
+    shapes = [(item, shorter, 0) for shorter, item in pairwise((ITEM_EDGES[0] // 2, *items)) if shorter < longest]
     if compressor is not None:
         behind = compressor.answer_tokens + compressor.max_text_tokens
         shapes += [(k + behind, k + compressor.answer_tokens, k) for k in compressor.ks]

@@ -129,6 +129,8 @@ def test_bad_requests(ranker: Ranker, vectors: dict[int, np.ndarray], tmp_path: 
         ranker.score_vectors("python", [vectors[2][0], np.ones((2, 48), np.float32)])
     with pytest.raises(InputError, match="item 0: 3 vectors, the compressor was trained for 1, 2, 4"):
         ranker.score_vectors("python", [vectors[4][0][:3]])
+    with pytest.raises(InputError, match="item 2: vectors must be finite"):
+        ranker.score_vectors("python", [vectors[1][0], vectors[2][0], vectors[1][0] * np.nan])
     with pytest.raises(InputError, match="at least one"):
         ranker.score_vectors("python", [])
     with pytest.raises(InputError, match="query: must not be empty"):

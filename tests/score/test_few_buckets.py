@@ -59,16 +59,31 @@ def test_passes_are_full_and_rows_share_copies_of_the_prefix(items: list[int]) -
     assert {forward.bucket.items_per_row for forward in passes} == {2}
 
 
+@settings(max_examples=100, deadline=None)
+@given(platform=st.sampled_from(PLATFORMS), max_tokens=st.integers(32, 3000), data=st.data())
+def test_vectors_of_every_k_stand_behind_any_prefix_of_the_prompt(
+    platform: str, max_tokens: int, data: st.DataObject
+) -> None:
+    packer = Packer(few_buckets(platform, ranker_config(max_tokens), COMPRESSOR))
+    for k in COMPRESSOR.ks:
+        prefix = data.draw(st.integers(0, max_tokens - k - 1))
+        request = PackRequest([1] * prefix, [[0] * k + [2]] * 50, np.ones((50, k, 4), np.float32))
+        assert sum(len(forward.indices) for group in packer.pack([request]) for forward in group) == 50
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("text_tokens", [0, 20])
-def test_vectors_of_every_k_have_shapes_behind_both_prefixes(platform: str, text_tokens: int) -> None:
+@pytest.mark.parametrize(("max_tokens", "prefixes"), [(100, {64, 128}), (176, {64, 176}), (600, {64, 128, 600})])
+def test_vectors_of_every_k_have_few_shapes(
+    platform: str, text_tokens: int, max_tokens: int, prefixes: set[int]
+) -> None:
     fields = {"text_fields": ("title",), "max_text_tokens": text_tokens} if text_tokens else {}
     compressor = CompressorConfig(**(COMPRESSOR.model_dump() | fields))
-    buckets = few_buckets(platform, ranker_config(176, 92), compressor).buckets
+    buckets = few_buckets(platform, ranker_config(max_tokens, 92), compressor).buckets
     for k in compressor.ks:
         of_k = [bucket for bucket in buckets if bucket.vectors_per_item == k]
         assert {bucket.item_tokens for bucket in of_k} == {k + 1 + text_tokens}
-        assert {bucket.prefix_tokens for bucket in of_k} == {64, 128}
+        assert {bucket.prefix_tokens for bucket in of_k} == prefixes
 
 
 def test_a_ranker_of_few_shapes_gives_the_scores_of_one_of_many(tmp_path: Path) -> None:

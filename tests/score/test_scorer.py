@@ -10,14 +10,24 @@ import pytest
 from jax import export
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxslm.config import Bucket, BucketConfig
+from jaxslm.bench.workloads import MODELS
+from jaxslm.config import Bucket, BucketConfig, PromptConfig, RankerConfig
 from jaxslm.errors import InputError
+from jaxslm.model.decoder import abstract_params
 from jaxslm.model.layout import LONG_PREFIX
 from jaxslm.score.compiled import CompiledScorer, make_score_fn
 from jaxslm.score.forward import PackRequest
 from jaxslm.score.packing import Packer
-from jaxslm.score.scorer import Ranker, load
-from jaxslm.score.warmup import compilations, compile_ahead, export_score_fn, use_compilation_cache, warm_up
+from jaxslm.score.scorer import Ranker, Scores, load
+from jaxslm.score.warmup import (
+    abstract_batch,
+    compilations,
+    compile_ahead,
+    export_score_fn,
+    use_compilation_cache,
+    warm_up,
+)
+from pallas_kernels import dispatch
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_params, tiny_ranker_config
 
 BUCKETS = BucketConfig(
@@ -96,6 +106,28 @@ def test_exported_and_ahead_compiled_functions_give_the_same_logits() -> None:
     loaded = export.deserialize(bytearray(artefact))
     assert set(loaded.platforms) == {"cpu", "cuda", "tpu"}
     np.testing.assert_allclose(loaded.call(params, batch), expected, rtol=0, atol=1e-6)
+
+
+def test_a_gpu_beside_it_does_not_choose_what_a_cpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and bfloat16 are the default device's; scoring on a CPU device and exporting for others take neither."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "target_device", lambda: ("gpu", "NVIDIA H200", 132))
+    model = MODELS["qwen3-0.6b"].model_copy(update={"num_layers": 2})
+    config = RankerConfig(model=model, prompt=PromptConfig(template="yes-no"), label_token_ids=(17, 42))
+    bucket = Bucket(tokens=8192, rows=56, prefix_tokens=64, items_per_row=1, item_tokens=160)
+    score_fn = make_score_fn(config, jax.devices("cpu")[:1], jnp.bfloat16)
+    score_fn.lower(abstract_params(model, jnp.dtype(jnp.bfloat16)), abstract_batch(bucket, model.width, jnp.bfloat16))
+    for platforms in (("cpu",), ("cpu", "cuda")):
+        artefact = export.deserialize(bytearray(export_score_fn(config, bucket, jnp.bfloat16, platforms)))
+        assert set(artefact.platforms) == set(platforms)
+    on_cpu = CompiledScorer(CONFIG, tiny_params(CONFIG.model), devices=jax.devices("cpu")[:1], buckets=BUCKETS)
+    assert on_cpu.dtype == jnp.float32
+
+
+def test_probabilities_far_below_one_half_are_exact() -> None:
+    odds = np.array([-80, -20, -17, -1, 0, 17], np.float32)
+    scores = Scores(np.stack([np.zeros_like(odds), odds], axis=1), [False] * len(odds))
+    np.testing.assert_allclose(scores.probabilities, 1 / (1 + np.exp(-odds.astype(np.float64))), rtol=1e-6)
 
 
 def test_exported_programs_hold_the_attention_of_their_own_platform() -> None:

@@ -119,3 +119,12 @@ def test_default_buckets_hold_overrides(ranker: Ranker, platform: str, compresso
     for prefix, item in ((0, 1), (1, 128), (1024, 1), (0, longest), (1025, longest - 1025)):
         vectors, places = np.zeros((1, OVERRIDES_PER_ITEM, 4), np.float32), np.zeros((1, OVERRIDES_PER_ITEM), int)
         assert list(packer.pack([PackRequest([1] * prefix, [[2] * item], vectors, places)]))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("longest", [600, 8192, 16384])
+def test_default_buckets_hold_every_row_of_the_prompt(ranker: Ranker, platform: str, longest: int) -> None:
+    prompt = ranker.config.prompt.model_copy(update={"max_tokens": longest})
+    packer = Packer(serving_buckets(ranker.config.model_copy(update={"prompt": prompt}), platform, None))
+    for prefix, item in ((0, 1), (0, longest), (100, longest - 100), (longest - 1, 1)):
+        assert list(packer.pack([PackRequest([1] * prefix, [[2] * item])]))
