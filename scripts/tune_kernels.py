@@ -4,8 +4,9 @@
     python3 scripts/tune_kernels.py [--op NAME ...] [--repeats N]
 
 A choice of tiles whose result differs from XLA's by more than rounding is reported and never written. Rewrites the rows
-of this device and these ops in pallas_kernels/tuning.json; rows of other devices stay. A kernel is the default for a
-shape only if it was faster than XLA by MARGIN. Takes a few minutes. Exit status: 2 without a GPU that runs the kernels.
+of this device and these ops in pallas_kernels/tuning.json, each as soon as it is measured; rows of other devices stay.
+A kernel is the default for a shape only if it was faster than XLA by MARGIN. Takes a few minutes. Needs the packages
+that scripts/bench_gpu names. Exit status: 2 without a GPU that runs the kernels.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxslm.bench.in_turn import InTurn
 from jaxslm.bench.kernels import FAILURES, contenders
+from jaxslm.score.warmup import keep_compiled_programs
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import MOSAIC_GPU, XLA, is_hopper, target_device
 from pallas_kernels.specs import OPS, TOLERANCE, Spec, specs, worst_row_error
@@ -49,7 +51,7 @@ class Trial:
         seconds = {XLA: xla_s} | ({MOSAIC_GPU: kernel_s} if timed else {})
         return tuning.Row(spec.op, device, "bfloat16", dict(spec.shape), fastest, best, seconds)
 
-    def _timed_tiles(self, expected: np.ndarray, repeats: int) -> Iterator[tuple[float, dict[str, int]]]:
+    def _timed_tiles(self, expected: jax.Array, repeats: int) -> Iterator[tuple[float, dict[str, int]]]:
         """Yields seconds and tiles; those that do not compile, or compute something else, are told and left out."""
         for tiles, program in self._tiles:
             try:
@@ -73,11 +75,19 @@ def main() -> int:
         print(f"tune_kernels: kernels need a Hopper GPU and this is {device}: nothing to tune", file=sys.stderr)
         return 2
     others = [row for row in tuning.table() if row.device != device or row.op not in args.op]
-    tuning.check_size(len(others) + sum(len(specs(op)) for op in args.op))
-    trials = [Trial(spec) for op in args.op for spec in specs(op)]
-    rows = [trial.tune(device, args.repeats) for trial in trials]
-    tuning.write([*others, *rows])
-    print(f"{len(rows)} rows written to {tuning.PATH}", file=sys.stderr)
+    former = [row for row in tuning.table() if row not in others]
+    chosen = [spec for op in args.op for spec in specs(op)]
+    tuning.check_size(len(others) + len(chosen))
+    keep_compiled_programs()  # a run that was stopped compiles nothing twice
+    trials = [Trial(spec) for spec in chosen]
+    rows: list[tuning.Row] = []
+    for trial in trials:
+        rows.append(trial.tune(device, args.repeats))
+        # What is measured is kept if the run is stopped, and beside it what the rest was before.
+        measured = [(row.op, row.shape) for row in rows]
+        left = [row for row in former if (row.op, row.shape) not in measured] if len(rows) < len(trials) else []
+        tuning.write([*others, *rows, *left][: tuning.MAX_ROWS])
+    print(f"{len(trials)} rows written to {tuning.PATH}", file=sys.stderr)
     return 0
 
 

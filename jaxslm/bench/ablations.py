@@ -180,4 +180,5 @@ def reference_logits(config: RankerConfig, params: Params, request: PackRequest)
         hidden_BD: Array = decoder.apply({"params": params}, x_BTD, layout, method=Decoder.decode)  # type: ignore[assignment]
         return label_logits(hidden_BD, label_rows(params, config.label_token_ids))
 
-    return np.asarray(score(float32))
+    with jax.default_matmul_precision("highest"):  # a GPU would round float32 to TensorFloat-32
+        return np.asarray(score(float32))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import jax.typing
 
 from jaxslm.score.ceiling import best_seconds
 
@@ -26,12 +26,12 @@ class InTurn:
         self._program = _compilers.submit(_compile, call, shapes)
         _started.append(self._program)
 
-    def run(self, repeats: int) -> tuple[np.ndarray, float]:
+    def run(self, repeats: int) -> tuple[jax.Array, float]:
         """Returns the result on the arguments and the best time of one call; raises what compiling raised."""
         wait(_started)  # compiling takes the cores that start the device's work
         program = self._program.result()
         sets = [tuple(_varied(argument, number) for argument in self._arguments) for number in range(IN_TURN)]
-        result = np.asarray(program(sets)[0])
+        result = program(sets)[0]
         return result, best_seconds(lambda: program(sets), repeats) / IN_TURN
 
 
@@ -51,4 +51,9 @@ def _compile(call: Callable[..., jax.Array], shapes: tuple[Any, ...]) -> jax.sta
 
 def _varied(argument: jax.Array, number: int) -> jax.Array:
     """Other numbers, the same shape; whole numbers and masks are places and stay."""
-    return jnp.roll(argument, number, axis=0) if jnp.issubdtype(argument.dtype, jnp.floating) else argument
+    return _rolled(argument, number) if jnp.issubdtype(argument.dtype, jnp.floating) else argument
+
+
+@jax.jit  # `number` is traced: one program for all of a shape
+def _rolled(argument: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.roll(argument, number, axis=0)

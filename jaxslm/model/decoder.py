@@ -1,5 +1,6 @@
 """The decoder: token embedding, layers, final norm. Parameters are a plain pytree with one subtree per layer."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxslm.config import ModelConfig
-from jaxslm.model.layers import Layer, RMSNorm
+from jaxslm.model.layers import Layer, RMSNorm, initial_matrix
 from jaxslm.model.layout import Layout, Rows
 from pallas_kernels.dispatch import XLA
 
@@ -32,10 +33,9 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        initial = nn.initializers.normal(stddev=0.02)
-        self.embedding = self.param("embedding", initial, (config.vocab_size, config.width))
+        self.embedding = self.param("embedding", initial_matrix, (config.vocab_size, config.width))
         if not config.tie_embeddings:
-            self.head = self.param("head", initial, (config.vocab_size, config.width))
+            self.head = self.param("head", initial_matrix, (config.vocab_size, config.width))
         layer = nn.remat(Layer, static_argnums=(3, 4)) if self.remat else Layer  # attend and read are functions
         self.layers = [layer(config, index, self.dtype, self.implementation) for index in range(config.num_layers)]
         self.final_norm = RMSNorm(config.norm_eps)
@@ -57,18 +57,28 @@ class Decoder(nn.Module):
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
-    """Returns random parameters: normal(0.02) matrices, unit norms."""
-    rows = Rows(jnp.ones((1, 1), bool))
+    """Returns random parameters: normal(0.02) matrices, unit norms.
 
-    @jax.jit  # one program to compile in place of one for each operation
-    def init(key: Key[Array, ""]) -> Params:
-        params = Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), rows)["params"]
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    Matrix by matrix, so that one program draws all of a shape: a program for all of them takes XLA minutes to compile.
+    """
+    leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype))
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        jnp.ones(leaf.shape, dtype) if path[-1].key == "scale" else _random_matrix(each, leaf.shape, dtype)
+        for each, (path, leaf) in zip(keys, leaves, strict=True)
+    ]
+    params: Params = jax.tree.unflatten(tree, drawn)
+    return params
 
-    made: Params = init(key)
-    return made
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _random_matrix(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    return initial_matrix(key, shape, jnp.float32).astype(dtype)
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """Returns the tree of `init_params` as shapes and dtypes: what restore and conversion expect."""
-    return jax.eval_shape(lambda key: init_params(config, key, dtype), jax.random.key(0))
+    rows = Rows(jnp.ones((1, 1), bool))
+    made = jax.eval_shape(lambda key: Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), rows), jax.random.key(0))
+    params: Params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), made["params"])
+    return params

@@ -24,7 +24,8 @@ Attend = Callable[[Array, Array, Array], Array]
 Read = Callable[[Array], Array]
 """Picks the tokens that a layer computes outputs for: [..., D] -> [..., D]."""
 
-_matrix = nn.initializers.normal(stddev=0.02)
+initial_matrix = nn.initializers.normal(stddev=0.02)
+"""Random values of every matrix: (key, shape, dtype) -> array."""
 
 
 class RMSNorm(nn.Module):
@@ -84,10 +85,10 @@ class Attention(nn.Module):
     ) -> Float[Array, "*m D"]:
         config, K = self.config, self.num_kv_heads
         D, G, H = config.width, config.queries_per_kv, config.head_dim
-        w_q = self.param("q", _matrix, (D, K * G * H)).astype(self.dtype)
-        w_k = self.param("k", _matrix, (D, K * H)).astype(self.dtype)
-        w_v = self.param("v", _matrix, (D, K * H)).astype(self.dtype)
-        w_o = self.param("o", _matrix, (K * G * H, D)).astype(self.dtype)
+        w_q = self.param("q", initial_matrix, (D, K * G * H)).astype(self.dtype)
+        w_k = self.param("k", initial_matrix, (D, K * H)).astype(self.dtype)
+        w_v = self.param("v", initial_matrix, (D, K * H)).astype(self.dtype)
+        w_o = self.param("o", initial_matrix, (K * G * H, D)).astype(self.dtype)
         q = matmul(x_read, w_q).reshape(*x_read.shape[:-1], K * G, H)
         k = matmul(x, w_k).reshape(*x.shape[:-1], K, H)
         v = matmul(x, w_v).reshape(*x.shape[:-1], K, H)
@@ -113,9 +114,9 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        w_gate_DF = self.param("gate", _matrix, (self.width, self.mlp_width)).astype(self.dtype)
-        w_up_DF = self.param("up", _matrix, (self.width, self.mlp_width)).astype(self.dtype)
-        w_down_FD = self.param("down", _matrix, (self.mlp_width, self.width)).astype(self.dtype)
+        w_gate_DF = self.param("gate", initial_matrix, (self.width, self.mlp_width)).astype(self.dtype)
+        w_up_DF = self.param("up", initial_matrix, (self.width, self.mlp_width)).astype(self.dtype)
+        w_down_FD = self.param("down", initial_matrix, (self.mlp_width, self.width)).astype(self.dtype)
         h = gated_mlp(x, w_gate_DF, w_up_DF, implementation=self.implementation)
         if self.has_variable("masks", "keep_neurons"):
             keep_F: Array = self.get_variable("masks", "keep_neurons").astype(h.dtype)

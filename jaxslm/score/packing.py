@@ -287,7 +287,7 @@ class _Runs:
         return cls(first, numbers - np.maximum.accumulate(np.where(first, numbers, 0)))
 
 
-WINDOW = 4096
+WINDOW = 16384
 """A forward pass holds at most this many items."""
 
 

@@ -105,6 +105,13 @@ SPECS = (
     _spec("summary, last layer, qwen3-0.6b", _QWEN3_600M, [(50, [150] * 50)] * 2, 4, last_only=True),
     _spec("summary, smollm2-135m", _SMOLLM2_135M, [(50, [150] * 50)] * 2, 4),
     _spec("latent_8, smollm2-135m", _SMOLLM2_135M, [(60, [9] * 50)] * 16, 32),
+    _spec("latent_1, smollm2-135m", _SMOLLM2_135M, [(60, [2] * 50)] * 32),
+    _spec("latent_8, last layer, smollm2-135m", _SMOLLM2_135M, [(60, [9] * 50)] * 16, 32, last_only=True),
+    # Long prefixes: a row serves lengths from a quarter to four times its own.
+    _spec("short items behind 512 tokens, qwen3-0.6b", _QWEN3_600M, [(512, [9] * 50)] * 8, 496),
+    _spec("long items behind 512 tokens, qwen3-0.6b", _QWEN3_600M, [(512, [128] * 28)] * 2),
+    _spec("short items behind 512 tokens, smollm2-135m", _SMOLLM2_135M, [(512, [9] * 50)] * 8, 496),
+    _spec("long items behind 512 tokens, smollm2-135m", _SMOLLM2_135M, [(512, [128] * 28)] * 2),
 )
 
 SMALL = (

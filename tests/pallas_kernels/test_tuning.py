@@ -6,9 +6,10 @@ import sys
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -47,7 +48,7 @@ def test_tiles_with_a_wrong_result_are_reported_and_not_written(
             super().__init__(call, arguments)
             self._tile = getattr(call, "keywords", {}).get("tiles", {}).get("f")
 
-        def run(self, repeats: int) -> tuple[np.ndarray, float]:
+        def run(self, repeats: int) -> tuple[jax.Array, float]:
             return super().run(repeats)[0], seconds[self._tile]
 
     monkeypatch.setattr(in_turn, "IN_TURN", 2)
@@ -92,6 +93,37 @@ def test_the_tables_size_is_checked_before_anything_is_measured(
     monkeypatch.setattr(sys, "argv", ["tune_kernels"])
     with pytest.raises(ValueError, match="at most 50"):
         script.main()
+
+
+def test_what_is_measured_stays_if_tuning_is_stopped(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And beside it the rows of other devices and ops, and what was measured before of the rest."""
+    spec_rows = [tuning.Row("gated_mlp", "cpu", "bfloat16", dict(spec.shape), XLA, {}, {XLA: 1.0}) for spec in SMALL]
+    another = [replace(spec_rows[0], device="another"), replace(spec_rows[0], op="prefix_item_attention")]
+    file = tmp_path / "tuning.json"
+    tuning.write([*another, *spec_rows], file)
+    there = {"table": lambda: tuning.table(file), "write": lambda rows: tuning.write(rows, file)}
+    monkeypatch.setattr(script, "tuning", SimpleNamespace(**(vars(tuning) | there)))
+
+    class Stopped:
+        def __init__(self, spec: Any) -> None:
+            self.spec = spec
+
+        def tune(self, device: str, repeats: int) -> tuning.Row:
+            if self.spec is SMALL[2]:
+                raise KeyboardInterrupt
+            return replace(next(row for row in spec_rows if row.shape == self.spec.shape), fastest=MOSAIC_GPU)
+
+    monkeypatch.setattr(script, "is_hopper", lambda device: True)
+    monkeypatch.setattr(script, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(script, "specs", lambda op: SMALL)
+    monkeypatch.setattr(script, "Trial", Stopped)
+    monkeypatch.setattr(sys, "argv", ["tune_kernels", "--op", "gated_mlp"])
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    new = [replace(row, fastest=MOSAIC_GPU) for row in spec_rows[:2]]
+    assert tuning.table(file) == (*another, *new, *spec_rows[2:])
 
 
 @pytest.mark.parametrize("op", OPS)
