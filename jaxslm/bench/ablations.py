@@ -174,7 +174,7 @@ def reference_logits(config: RankerConfig, params: Params, request: PackRequest)
     def score(params: Params) -> Array:
         x_BTD: Array = decoder.apply({"params": params}, jnp.asarray(rows), method=Decoder.embed)  # type: ignore[assignment]
         if request.vectors is not None:
-            vectors = request.vectors[:REFERENCE_ITEMS]
+            vectors = np.stack(list(request.vectors[:REFERENCE_ITEMS]))
             x_BTD = x_BTD.at[:, P : P + vectors.shape[1]].set(vectors)
         layout = Rows(jnp.ones(rows.shape, bool))
         hidden_BD: Array = decoder.apply({"params": params}, x_BTD, layout, method=Decoder.decode)  # type: ignore[assignment]

@@ -60,6 +60,8 @@ _STORAGES: tuple[_Storage, ...] = (
 )
 _BY_NAME = {storage.name: storage for storage in _STORAGES}
 _BY_CODE = {storage.code: storage for storage in _STORAGES}
+_FLOAT8_VALUES = np.arange(256, dtype=np.uint8).view(_BY_NAME["float8_e4m3"].dtype).astype(np.float32)
+"""What each byte stands for."""
 
 
 class StaleRecord(InputError):  # noqa: N818 (a state of a record)
@@ -234,10 +236,12 @@ def _decode(records: Sequence[bytes], header: RecordHeader) -> Float[np.ndarray,
     block = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
     start = _HEADER.size + (0 if storage.largest is None else num_vectors * _SCALE.itemsize)
     values = block[:, start:-_CHECKSUM_BYTES].view(storage.dtype).reshape(len(records), num_vectors, width)
-    vectors = values.astype(np.float32)
-    if storage.largest is not None:
-        vectors *= block[:, _HEADER.size : start].view(_SCALE)[..., None]
-    return vectors
+    if storage.name == "float8_e4m3":
+        values = np.take(_FLOAT8_VALUES, values.view(np.uint8))  # ten times as fast as a cast
+    if storage.largest is None:
+        return values.astype(np.float32)
+    scale_BC1 = block[:, _HEADER.size : start].view(_SCALE)[..., None]
+    return np.multiply(values, scale_BC1, dtype=np.float32)
 
 
 def _difference(found: RecordIdentity, expected: RecordIdentity) -> str:

@@ -170,7 +170,7 @@ def fit_buckets(
     requests = [request for together in traffic for request in together]
     lengths = np.sort([len(item) for request in requests for item in request.item_ids])
     prefix = _rounded(max(1, *(len(request.prefix_ids) for request in requests)))
-    vectors = 0 if requests[0].vectors is None else requests[0].vectors.shape[1]
+    vectors = requests[0].vectors_per_item
     edges = sorted({int(np.quantile(lengths, q, method="higher")) for q in np.linspace(0.1, 1.0, 10)})
     remaining = list(
         dict.fromkeys(

@@ -5,18 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from jaxslm.compress.splice import MixedPrompt
 from jaxslm.config import CompressorConfig
 from jaxslm.errors import InputError
 from jaxslm.prompt import Prompt
 from jaxslm.score.compiled import CompiledScorer
-from jaxslm.score.forward import PackRequest
-
-Vectors = Sequence[Float[np.ndarray, "_ _"]] | Float[np.ndarray, "J C D"]
-"""The embedding tokens of each item, [C, D]; C may differ between items."""
-
+from jaxslm.score.forward import PackRequest, Vectors
 
 Part = tuple[Sequence[int], PackRequest]
 """Items of a request that a forward pass can hold together, and their places in the request."""
@@ -27,7 +23,7 @@ class VectorRequest:
     """A query with items as embedding tokens.
 
     Attributes:
-        vectors: per item [C, D].
+        vectors: per item [C, D]; C may differ between items.
         texts: per item what stays text beside them (`jaxslm.compress.splice.text_of`), for compressors that want it.
     """
 
@@ -54,16 +50,20 @@ class VectorScorer:
         """Returns the logits of (no, yes) of each request's items; requests share forward passes.
 
         Raises:
-            InputError: an empty query, no items, vectors of another width, of a number that was not trained or with
-                values that are not finite, missing texts, or a row beyond the prompt's `max_tokens`.
+            InputError: as `pack`, or vectors that are not finite: padding would carry a NaN to other items.
         """
+        for request in requests:
+            for number, vectors in enumerate(request.vectors):
+                if not np.isfinite(vectors).all():
+                    raise InputError(f"item {number}: vectors must be finite")
         return logits_of_parts(self._scorer, [(len(request.vectors), self.pack(request)) for request in requests])
 
     def pack(self, request: VectorRequest) -> list[Part]:
-        """Returns a request in token ids, one part for each number of vectors.
+        """Returns a request in token ids, one part for each number of vectors, which must be finite.
 
         Raises:
-            InputError: as `logits`.
+            InputError: an empty query, no items, vectors of another width or of a number that was not trained,
+                missing texts, or a row beyond the prompt's `max_tokens`.
         """
         ks = self._checked_ks(request)
         prefix, items = self._mixed.query_ids(request.query), self._mixed.item_ids(ks, request.texts)
@@ -75,8 +75,7 @@ class VectorScorer:
         parts: list[Part] = []
         for k in sorted(set(ks)):
             places = [place for place, each in enumerate(ks) if each == k]
-            vectors = _finite(request.vectors, places)
-            parts.append((places, PackRequest(prefix, [items[place] for place in places], vectors)))
+            parts.append((places, PackRequest(prefix, items, request.vectors).items_at(places)))
         return parts
 
     def _checked_ks(self, request: VectorRequest) -> list[int]:
@@ -91,15 +90,6 @@ class VectorScorer:
                 known = ", ".join(map(str, self._config.ks))
                 raise InputError(f"item {number}: {len(vectors)} vectors, the compressor was trained for {known}")
         return [len(vectors) for vectors in request.vectors]
-
-
-def _finite(vectors: Vectors, places: Sequence[int]) -> Float32[np.ndarray, "n C D"]:
-    """Returns the vectors of these items; raises InputError for a NaN, which padding would carry to other items."""
-    stacked = np.stack([np.asarray(vectors[place], np.float32) for place in places])
-    if not np.isfinite(stacked).all():
-        first = int(np.argmin(np.isfinite(stacked).all(axis=(1, 2))))
-        raise InputError(f"item {places[first]}: vectors must be finite")
-    return stacked
 
 
 def logits_of_parts(

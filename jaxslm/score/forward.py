@@ -12,6 +12,9 @@ from jaxslm.config import Bucket
 OVERRIDES = -1
 """The kind of requests whose vectors may stand anywhere."""
 
+Vectors = Sequence[Float[np.ndarray, "_ _"]] | Float[np.ndarray, "_ _ _"]
+"""The embedding tokens of each item, [C, D], in a list or an array."""
+
 MAX_LABEL_IDS = 16
 """Tokens whose log-probabilities one item may ask for."""
 
@@ -22,21 +25,22 @@ class PackRequest:
 
     Attributes:
         prefix_ids: what all items share; may be empty. item_ids: the tokens of each item, at least one each.
-        vectors: embeddings [items, C, D] that replace tokens of each item, if any.
+        vectors: embeddings that replace tokens of each item, if any; as many for each. A list of arrays costs no more
+            than one array: they are copied once, to their places in a pass.
         vector_places: which of an item's tokens they replace, -1 for none; its first C if None.
         label_ids: tokens, MAX_LABEL_IDS at most, whose log-probabilities among the whole vocabulary are asked for too.
     """
 
     prefix_ids: Sequence[int]
     item_ids: Sequence[Sequence[int]]
-    vectors: Float[np.ndarray, "J C D"] | None = None
+    vectors: Vectors | None = None
     vector_places: Int[np.ndarray, "J C"] | None = None
     label_ids: tuple[int, ...] = ()
 
     @property
     def vectors_per_item(self) -> int:
         """C, 0 without vectors."""
-        return 0 if self.vectors is None else self.vectors.shape[1]
+        return 0 if self.vectors is None else len(self.vectors[0])
 
     @property
     def kind(self) -> int:
@@ -48,7 +52,7 @@ class PackRequest:
         return replace(
             self,
             item_ids=[self.item_ids[place] for place in places],
-            vectors=None if self.vectors is None else self.vectors[places],
+            vectors=None if self.vectors is None else [self.vectors[place] for place in places],
             vector_places=None if self.vector_places is None else self.vector_places[places],
         )
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Int32
 
 from jaxslm.config import Bucket, BucketConfig
 from jaxslm.errors import InputError
-from jaxslm.score.forward import MAX_LABEL_IDS, OVERRIDES, Forward, PackRequest
+from jaxslm.score.forward import MAX_LABEL_IDS, OVERRIDES, Forward, PackRequest, Vectors
 
 TOKENS_PER_PAIR = 1 / 1500
 """What one attended (query, key) pair costs, as a share of a token in the linear maps: about 1/3000 for models of
@@ -210,13 +210,13 @@ class _Work:
     request_of_item: Int[np.ndarray, " n"]
     kind: int
     first_items: Int[np.ndarray, " requests"]
-    vectors: list[Float[np.ndarray, "_ _ D"]] | None
+    vectors: list[Vectors] | None
     vector_places: Int[np.ndarray, "n C"] | None
     label_ids: Int32[np.ndarray, "n L"] | None
 
     @property
     def vectors_per_item(self) -> int:
-        return max((vectors.shape[1] for vectors in self.vectors or ()), default=0)
+        return max((len(vectors[0]) for vectors in self.vectors or ()), default=0)
 
     @classmethod
     def of(cls, requests: Sequence[PackRequest]) -> "_Work":
@@ -362,7 +362,7 @@ def _fill(work: _Work, indices: Int[np.ndarray, " held"], bucket: Bucket, vector
 
 
 def _vectors_at(
-    vectors: Sequence[Float[np.ndarray, "_ _ D"]],
+    vectors: Sequence[Vectors],
     numbers: Int[np.ndarray, " held"],
     request: Int[np.ndarray, " held"],
     places: Int[np.ndarray, " held"],
@@ -375,12 +375,13 @@ def _vectors_at(
         vectors: of the items of each request. numbers: each item's among those of its request. places: one after
             another within a run.
     """
-    R, J, C, D = bucket.rows, bucket.items_per_row, bucket.vector_places, vectors[0].shape[2]
-    at = np.zeros((R * J, C, D), dtype or np.result_type(*(each.dtype for each in vectors)))
+    R, J, C, D = bucket.rows, bucket.items_per_row, bucket.vector_places, vectors[0][0].shape[1]
+    at = np.zeros((R * J, C, D), dtype or np.result_type(*(each[0].dtype for each in vectors)))
     begins = np.flatnonzero((np.diff(numbers, prepend=-2) != 1) | (np.diff(request, prepend=-1) != 0))
     for begin, end in zip(begins, [*begins[1:], len(numbers)], strict=True):
         source = vectors[request[begin]][numbers[begin] : numbers[begin] + end - begin]
-        at[places[begin] : places[begin] + end - begin, : source.shape[1]] = source
+        out = at[places[begin] : places[begin] + end - begin, : len(source[0])]
+        np.stack(source, out=out, casting="unsafe")
     return at.reshape(R, J, C, D)
 
 

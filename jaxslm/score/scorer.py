@@ -18,8 +18,8 @@ from jaxslm.model.decoder import Params
 from jaxslm.prompt import EncodedRequest
 from jaxslm.score.buckets import default_buckets, few_buckets, with_vectors
 from jaxslm.score.compiled import CompiledScorer, compute_dtype, make_score_fn
-from jaxslm.score.compressed import VectorRequest, Vectors, VectorScorer
-from jaxslm.score.forward import PackRequest
+from jaxslm.score.compressed import VectorRequest, VectorScorer
+from jaxslm.score.forward import PackRequest, Vectors
 from jaxslm.score.parallel import scoring_devices
 from jaxslm.score.warmup import warm_up
 
