@@ -101,7 +101,7 @@ def create_app(engine: Engine) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(engine: Engine, service: Service) -> AsyncIterator[None]:
-    engine.compile_in_background("warm-up", partial(_warm_up, engine))
+    engine.in_background("warm-up", partial(_warm_up, engine))
     watchdog = asyncio.create_task(engine.health.watch())
     yield
     watchdog.cancel()
