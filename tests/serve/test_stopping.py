@@ -16,9 +16,12 @@ import pytest
 
 from jaxslm.compress.encoder import VectorEncoder
 from jaxslm.items.store import open_store
+from jaxslm.score.scorer import Ranker
+from jaxslm.serve.engine import Engine
+from jaxslm.serve.run import Server
 from jaxslm.serve.served import ServedModel
 from jaxslm.serve.settings import ServeSettings
-from tests.serve.tiny_server import ADMIN, log_lines, running, wait_until_ready
+from tests.serve.tiny_server import ADMIN, KEYS, log_lines, running, wait_until_ready
 
 NEVER_ENDING = """
 import sys, threading
@@ -112,3 +115,29 @@ def test_an_encode_that_outlasts_draining_stops_between_passes(
     assert not server.service.engine.at_work
     with open_store(settings.store or "", read_only=True) as store:
         assert 256 <= store.count() <= sum(encoded) < 1000
+
+
+def test_a_server_that_is_stopped_as_warm_up_ends_has_not_failed(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its queue takes no more work by then, so that the last step of warm-up cannot succeed."""
+    server = Server(Engine(ServeSettings(**files), KEYS))
+    engine, stopped = server.service.engine, threading.Event()
+    stop = engine.close
+
+    def close() -> None:
+        stop()
+        stopped.set()
+
+    def last_moments(*_: object) -> None:
+        server.handle_exit(signal.SIGTERM, None)
+        assert stopped.wait(60)
+
+    monkeypatch.setattr(engine, "close", close)
+    monkeypatch.setattr(Ranker, "warm_up", last_moments)
+    server.serve_until_signal()
+    until = time.monotonic() + 60
+    while engine.at_work:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert engine.health.state == "draining"
