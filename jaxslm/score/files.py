@@ -193,7 +193,7 @@ def _store_preparer(ranker: "Ranker", store: "Store") -> Prepare:
         if found:
             vectors = [each for each in lookup.vectors if each is not None]
             texts = [request.items[place].text or "" for place in found] if scorer.reads_texts else None
-            packed = scorer.pack(VectorRequest(request.query, vectors, texts))
+            packed = scorer.pack(VectorRequest(request.query, vectors, texts, found))
             parts = [([found[place] for place in places], part) for places, part in packed]
         return _Prepared(len(request.items), parts, {"status": lookup.status}, lookup.status)
 

@@ -16,6 +16,7 @@ import pytest
 
 from jaxslm.config import Calibration
 from jaxslm.errors import InputError
+from jaxslm.items.record import Record, pack_record
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import vocab_logits
 from jaxslm.model.layout import Rows
@@ -177,6 +178,17 @@ def test_stale_and_corrupt_records_are_named(server: Server, stored: dict[str, n
     assert ok(post(server, "/v1/score", body))["status"] == ["stale", "corrupt", "embedding"]
     deleted = httpx.request("DELETE", f"{server.url}/v1/items", json={"ids": ["stale", "corrupt"]}, headers=ADMIN)
     assert deleted.json() == {"deleted": 2}
+
+
+def test_an_item_that_cannot_be_scored_is_named_by_its_number_in_the_request(server: Server) -> None:
+    """Though the items found in the store are prepared apart from the others."""
+    catalogue = server.service.engine.model.catalogue
+    assert catalogue is not None
+    odd = Record(catalogue.encoder.identity, np.zeros((3, 32), np.float32), "0" * 64)
+    catalogue._store.put({"odd": pack_record(odd, "float32")})
+    body = {"query": "python", "item_ids": [None, "odd"], "items": ["x", "y"]}
+    assert refused(post(server, "/v1/score", body), 400).startswith("item 1: 3 vectors")
+    catalogue.delete(["odd"])
 
 
 def test_items_get_as_many_vectors_as_the_shapes_take(server: Server, ranker: Ranker) -> None:
