@@ -104,7 +104,7 @@ class _Prepared:
     @property
     def num_tokens(self) -> int:
         """Tokens of all parts."""
-        return sum(len(part.prefix_ids) + sum(map(len, part.item_ids)) for _, part in self.parts)
+        return sum(part.num_tokens for _, part in self.parts)
 
 
 Prepare = Callable[[Request], _Prepared]

@@ -223,8 +223,9 @@ class Service:
     async def _score(self, batcher: Batcher, call: Call, prepared: Prepared, gone: Disconnected) -> None:
         """Has the prepared rows scored and fills in their logits."""
         left = call.deadline - time.monotonic()
-        if batcher.wait_s(prepared.num_tokens) > ADMITTED_SHARE * left and batcher.queued_tokens:
-            self.admission.refuse_load("overloaded", "it would not be scored by its deadline", prepared.num_tokens)
+        tokens = sum(request.num_tokens for request, _ in prepared.work)  # what is cached costs the device nothing
+        if batcher.wait_s(tokens) > ADMITTED_SHARE * left and batcher.queued_tokens:
+            self.admission.refuse_load("overloaded", "it would not be scored by its deadline", tokens)
         jobs = [batcher.submit(request, call.deadline) for request, _ in prepared.work]
         try:
             results = await self._wait(jobs, left, gone)

@@ -15,9 +15,10 @@ from jaxslm.serve import cache as cache_module
 from jaxslm.serve.cache import CachedScore, MemoryCache, SharedCache, score_key
 from jaxslm.serve.metrics import Metrics
 from jaxslm.serve.prepare import Preparer
+from jaxslm.serve.run import Server
 from jaxslm.serve.schemas import RerankRequest, ScoreRequest
 from jaxslm.serve.settings import CacheSettings, ServeSettings
-from tests.serve.tiny_server import metric, running
+from tests.serve.tiny_server import metric, ok, post, running
 
 SCORE = CachedScore(-0.5, 0.25, 17, truncated=True)
 
@@ -115,6 +116,26 @@ def known(preparer: Preparer, cache: MemoryCache, query: str, items: list[str]) 
     prepared = preparer.score(ScoreRequest(query=query, items=items))
     prepared.logits[:] = 0
     cache.put(prepared.scored())
+
+
+def test_only_what_is_not_cached_counts_as_work(
+    server: Server, ranker: Ranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, cache = server.service.engine, MemoryCache(ttl_s=1000.0, max_items=5)
+    asked = []
+
+    def wait_s(tokens: int) -> float:
+        asked.append(tokens)
+        return 0.0
+
+    monkeypatch.setattr(engine, "cache", cache)
+    monkeypatch.setattr(engine.model.preparer, "_cache", cache)
+    monkeypatch.setattr(engine.model.batcher, "wait_s", wait_s)
+    known(engine.model.preparer, cache, "q", ["a", "b"])
+    answer = ok(post(server, "/v1/score", {"query": "q", "items": ["a", "new", "b"]}))
+    encoded = ranker.prompt.encode("q", ["new"])
+    assert asked == [len(encoded.prefix_ids) + len(encoded.item_ids[0])]
+    assert answer["usage"]["total_tokens"] > asked[0]
 
 
 def test_a_broken_item_keeps_its_number_when_others_are_cached(ranker: Ranker) -> None:
