@@ -60,6 +60,8 @@ class ServedModel:
         else:
             buckets = serving_buckets(checkpoint.config, platform, checkpoint.manifest.compressor)
         self.ranker = Ranker(checkpoint, settings.dtype, devices, buckets)
+        if not self.ranker.scorer.packer.longest_item:
+            raise InputError("buckets: none takes text, which a server scores whatever else it does")
         max_batch_tokens = settings.max_batch_tokens or PASS_TOKENS[platform][-1] * len(devices)
         self.batcher = Batcher(self.ranker.scorer, metrics, max_batch_tokens, settings.max_wait_ms / 1000)
         self.catalogue: Catalogue | None = None

@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -208,6 +209,14 @@ def test_a_store_needs_shapes_that_take_its_vectors(files: dict[str, Any], tmp_p
     settings = ServeSettings(**files | {"buckets": str(buckets)}, store=str(tmp_path / "store"))
     with pytest.raises(InputError, match=r"^buckets: none takes vectors of this compressor \(k = 1, 2, 4\)"):
         Engine(settings, Keys(admin="the-admin-key"))
+
+
+def test_buckets_without_one_for_text_are_refused(files: dict[str, Any], tmp_path: Path) -> None:
+    """Before the server listens: what tries the device is text, as most bodies are."""
+    buckets = tmp_path / "buckets.toml"
+    buckets.write_text(re.sub(r"(item_tokens = \d+)}", r"\1, vectors_per_item = 2}", BUCKETS))
+    with pytest.raises(InputError, match=r"^buckets: none takes text, [^\n]*$"):
+        Engine(ServeSettings(**files | {"buckets": str(buckets)}), Keys())
 
 
 def test_items_that_fail_or_have_not_changed_are_counted(server: Server, stored: dict[str, np.ndarray]) -> None:
