@@ -15,7 +15,7 @@ from jaxslm.errors import InputError
 from jaxslm.items.store import Store
 from jaxslm.score.forward import PackRequest
 from jaxslm.score.scorer import Ranker
-from jaxslm.serve.batcher import Batcher
+from jaxslm.serve.batcher import Batcher, DeadlineError
 from jaxslm.serve.buckets import PASS_TOKENS, serving_buckets
 from jaxslm.serve.cache import ScoreCache
 from jaxslm.serve.catalogue import Catalogue
@@ -86,7 +86,11 @@ class ServedModel:
         self.ranker.warm_up(done)
         self.batcher.start()
         job = self.batcher.submit(self._full_request(), time.monotonic() + self._first_pass_s, trial=True)
-        if not np.isfinite(job.future.result()).all():
+        try:
+            logits = job.future.result(self._first_pass_s)
+        except TimeoutError:  # the queue forgets late jobs, but not what a device that hangs has taken
+            raise DeadlineError from None
+        if not np.isfinite(logits).all():
             raise InputError("the checkpoint's scores are no finite numbers")
 
     def _full_request(self) -> PackRequest:
