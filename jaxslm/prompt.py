@@ -169,7 +169,13 @@ class Prompt:
         parts = (vars(self.template), self.config.model_dump(exclude=unset), self.label_token_ids)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def encode(self, query: str, items: Sequence[str | Item], max_item_tokens: int | None = None) -> EncodedRequest:
+    def encode(
+        self,
+        query: str,
+        items: Sequence[str | Item],
+        max_item_tokens: int | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> EncodedRequest:
         """Returns the rows of one request; does not depend on how items are grouped into requests.
 
         Args:
@@ -178,6 +184,7 @@ class Prompt:
                 cut.
             max_item_tokens: the most tokens of an item, title and text, if fewer than the prompt's `max_item_tokens`
                 and than the row has room for.
+            numbers: what messages call the items, where they are some of a request's; 0, 1, .. if None.
 
         Raises:
             InputError: an empty query, no items, an item without text, or no room for an item's body.
@@ -185,7 +192,8 @@ class Prompt:
         prefix_ids = self.encode_query(query)
         if not items:
             raise InputError("items: a request needs at least one")
-        fronts, bodies = zip(*(self._front_and_body(number, item) for number, item in enumerate(items)), strict=True)
+        numbers = range(len(items)) if numbers is None else numbers
+        fronts, bodies = zip(*map(self._front_and_body, numbers, items), strict=True)
         front_ids = self._ids(self._text_tokenizer, fronts)
         body_ids = self._ids(self._text_tokenizer, bodies, self.template.after_item)
         after_item_ids = self._after_item_ids
@@ -199,7 +207,7 @@ class Prompt:
                 f" max_tokens = {self.config.max_tokens}"
             )
         item_ids, truncated = [], []
-        for number, (front, body) in enumerate(zip(front_ids, body_ids, strict=True)):
+        for number, front, body in zip(numbers, front_ids, body_ids, strict=True):
             if len(front) >= room_if_cut:
                 raise InputError(f"item {number}: title of {len(front)} tokens leaves no room for text ({room} in all)")
             cut = len(front) + len(body) > room

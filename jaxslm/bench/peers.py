@@ -141,19 +141,19 @@ def bench_peers(
         peer = Peer(peer_python, setup)
         try:
             best, failed = _best_batches(peer, shape.items, batches, torch_compile=torch_compile)
-            seconds = _in_turns(ours, peer, best, repeats)
+            seconds, lost = _in_turns(ours, peer, best, repeats)
             agreement = _agreement(peer, best, folder, logits)
         finally:
             peer.close()
     reference = reference_logits(config, params, request)
-    rates = shape.items / np.array(seconds["jaxslm"])
+    rates = shape.items / seconds["jaxslm"]
     return {
         "workload": workload,
         "model": model,
         **figures(rates, floor(shape, config.model, ceilings), shape.items, ceilings, ours.shape()),
         "max_abs_diff": float(np.abs(logits[: len(reference)] - reference).max()),
         "rows": _rows(shape.items, seconds, agreement),
-        "not_measured": failed,
+        "not_measured": failed | lost,
         "versions": peer.about["versions"] | {"jax": jax.__version__},
         "peer_device": peer.about["device"],
     }
@@ -237,15 +237,25 @@ def _best_batches(
     return best, failed
 
 
-def _in_turns(ours: Runner, peer: Peer, settings: list[Setting], repeats: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in ("jaxslm", *map(str, settings))}
-    for _ in range(repeats):
-        seconds["jaxslm"].append(timed(ours))
+def _in_turns(
+    ours: Runner, peer: Peer, settings: list[Setting], repeats: int
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns the seconds of each round, NaN where a setting failed, and why those that failed in all of them did."""
+    seconds = {name: np.full(repeats, np.nan) for name in ("jaxslm", *map(str, settings))}
+    reasons: dict[str, str] = {}
+    for number in range(repeats):
+        seconds["jaxslm"][number] = timed(ours)
         for setting in settings:
             took = peer.run(setting)
-            if not isinstance(took, str):
-                seconds[str(setting)].append(took)
-    return seconds
+            if isinstance(took, str):
+                reasons[str(setting)] = took
+            else:
+                seconds[str(setting)][number] = took
+    lost = {name: why for name, why in reasons.items() if np.isnan(seconds[name]).all()}
+    for name, why in lost.items():
+        del seconds[name]
+        console().print(f"left out, as it failed in every round: {name}: {why}", soft_wrap=True)
+    return seconds, lost
 
 
 def _agreement(peer: Peer, settings: list[Setting], folder: Path, logits: np.ndarray) -> dict[str, float]:
@@ -259,13 +269,14 @@ def _agreement(peer: Peer, settings: list[Setting], folder: Path, logits: np.nda
     return found
 
 
-def _rows(items: int, seconds: dict[str, list[float]], agreement: dict[str, float]) -> list[dict[str, Any]]:
-    """Prints and returns the figures of ours and of each setting."""
+def _rows(items: int, seconds: dict[str, np.ndarray], agreement: dict[str, float]) -> list[dict[str, Any]]:
+    """Prints and returns the figures of ours and of each setting, of the rounds that it did not fail in."""
     rows = []
     for name, taken in seconds.items():
-        rates = items / np.array(taken)
+        ran = ~np.isnan(taken)
+        rates = items / taken[ran]
         # Turn by turn: each of our timings against the peer's in the same round.
-        ratios = np.array(taken) / np.array(seconds["jaxslm"][: len(taken)])
+        ratios = (taken / seconds["jaxslm"])[ran]
         rows.append(
             {
                 "name": name,

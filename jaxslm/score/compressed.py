@@ -25,11 +25,13 @@ class VectorRequest:
     Attributes:
         vectors: per item [C, D]; C may differ between items.
         texts: per item what stays text beside them (`jaxslm.compress.splice.text_of`), for compressors that want it.
+        numbers: what messages call the items, where they are some of a request's; 0, 1, .. if None.
     """
 
     query: str
     vectors: Vectors
     texts: Sequence[str] | None = None
+    numbers: Sequence[int] | None = None
 
 
 class VectorScorer:
@@ -81,7 +83,8 @@ class VectorScorer:
     def _checked_ks(self, request: VectorRequest) -> list[int]:
         if not len(request.vectors):
             raise InputError("items: a request needs at least one")
-        for number, vectors in enumerate(request.vectors):
+        numbers = range(len(request.vectors)) if request.numbers is None else request.numbers
+        for number, vectors in zip(numbers, request.vectors, strict=True):
             if vectors.ndim != 2 or vectors.shape[1] != self._config.width:
                 raise InputError(
                     f"item {number}: vectors {list(vectors.shape)}, the ranker reads width {self._config.width}"

@@ -104,7 +104,7 @@ class _Prepared:
     @property
     def num_tokens(self) -> int:
         """Tokens of all parts."""
-        return sum(len(part.prefix_ids) + sum(map(len, part.item_ids)) for _, part in self.parts)
+        return sum(part.num_tokens for _, part in self.parts)
 
 
 Prepare = Callable[[Request], _Prepared]
@@ -193,7 +193,7 @@ def _store_preparer(ranker: "Ranker", store: "Store") -> Prepare:
         if found:
             vectors = [each for each in lookup.vectors if each is not None]
             texts = [request.items[place].text or "" for place in found] if scorer.reads_texts else None
-            packed = scorer.pack(VectorRequest(request.query, vectors, texts))
+            packed = scorer.pack(VectorRequest(request.query, vectors, texts, found))
             parts = [([found[place] for place in places], part) for places, part in packed]
         return _Prepared(len(request.items), parts, {"status": lookup.status}, lookup.status)
 

@@ -38,6 +38,11 @@ class PackRequest:
     label_ids: tuple[int, ...] = ()
 
     @property
+    def num_tokens(self) -> int:
+        """All tokens, the prefix once."""
+        return len(self.prefix_ids) + sum(map(len, self.item_ids))
+
+    @property
     def vectors_per_item(self) -> int:
         """C, 0 without vectors."""
         return 0 if self.vectors is None else len(self.vectors[0])

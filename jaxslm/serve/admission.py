@@ -47,7 +47,7 @@ class Admission:
         """
         status = self._engine.health.status
         if status != "ready":
-            raise ApiError(503, status, f"not ready: {status}", retry_after_s=self.settings.watchdog_s)
+            raise self.not_ready(status)
         if queues:
             self._check_queue()
         if self._reading.number >= self.settings.max_open_bodies:
@@ -61,6 +61,10 @@ class Admission:
             self._check_queue()
             with self._queued:
                 yield body
+
+    def not_ready(self, status: str) -> ApiError:
+        """Returns the refusal of a request while the server is in this state, or ends in it."""
+        return ApiError(503, status, f"not ready: {status}", retry_after_s=self.settings.watchdog_s)
 
     def _check_queue(self) -> None:
         if self._queued.number >= self.settings.max_queued_requests:

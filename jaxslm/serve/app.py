@@ -101,7 +101,7 @@ def create_app(engine: Engine) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(engine: Engine, service: Service) -> AsyncIterator[None]:
-    engine.compile_in_background("warm-up", partial(_warm_up, engine))
+    engine.in_background("warm-up", partial(_warm_up, engine))
     watchdog = asyncio.create_task(engine.health.watch())
     yield
     watchdog.cancel()
@@ -113,8 +113,9 @@ def _warm_up(engine: Engine) -> None:
     try:
         engine.warm_up()
     except Exception:  # whatever it is, the process must end and say why
-        logger.critical("cannot serve: warm-up failed", exc_info=True)
-        engine.health.state = "failed"
+        if engine.health.state == "warming":  # otherwise it ends already, and its queue with it
+            logger.critical("cannot serve: warm-up failed", exc_info=True)
+            engine.health.state = "failed"
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The item store behind the routes: ids become vectors, and items become records."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from jaxslm.compress.catalogue import Summary, encode_catalogue
 from jaxslm.compress.encoder import ItemEncoder
@@ -42,9 +42,13 @@ class Catalogue:
             self._metrics.lookups.labels(status).inc(number)
         return found
 
-    def put(self, items: Sequence[Item], k: int) -> Summary:
-        """Encodes items into k vectors each and stores those that the store does not have yet; says what was done."""
-        return encode_catalogue(self.encoder, items, {k: self._store}, dtype=self._dtype)
+    def put(self, items: Sequence[Item], k: int, on_progress: Callable[[Summary], None]) -> Summary:
+        """Encodes items into k vectors each and stores those that the store does not have yet; says what was done.
+
+        Args:
+            on_progress: is called after each pass of the encoder; what it raises ends the encoding.
+        """
+        return encode_catalogue(self.encoder, items, {k: self._store}, dtype=self._dtype, on_progress=on_progress)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Drops what is stored under these ids; returns how many there were."""

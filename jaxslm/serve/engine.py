@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
@@ -25,6 +27,8 @@ from jaxslm.serve.metrics import Metrics
 from jaxslm.serve.served import ServedModel
 from jaxslm.serve.settings import Keys, ServeSettings
 from jaxslm.serve.tracing import Tracer, open_tracer
+
+Result = TypeVar("Result")
 
 POLL_S = 0.02
 """How often a replaced model is asked whether requests still hold it."""
@@ -60,7 +64,7 @@ class Engine:
         self.model = self._load(settings.model)
         self.health = Health(self.model.batcher, settings.watchdog_s, settings.stall_s)
         self._reloading = False
-        self._compiling: threading.Thread | None = None
+        self._background: list[threading.Thread] = []
         self._watch()
         self._tell()
 
@@ -120,7 +124,7 @@ class Engine:
         folder = str(Path(folder).absolute())
         self._reloading = True
         try:
-            new = await asyncio.wrap_future(self._prepare(folder))
+            new = await asyncio.wrap_future(self.in_background("reload", partial(self._prepare, folder)))
             # No await between these: whoever asks for the model gets the old one or the new one, and its health.
             old, self.model, self._path = self.model, new, folder
             self.health.replace(new.batcher)
@@ -140,42 +144,48 @@ class Engine:
         finally:
             self._reloading = False
 
-    def _prepare(self, path: str) -> Future[ServedModel]:
+    def _prepare(self, path: str) -> ServedModel:
         """Loads and warms a model up beside the one in service."""
-        future: Future[ServedModel] = Future()
-
-        def work() -> None:
+        with uncounted_compilations():
+            model = self._load(path)
             try:
-                with uncounted_compilations():
-                    model = self._load(path)
-                    try:
-                        model.warm_up(encodes=self._writes)
-                    except BaseException:
-                        model.stop()
-                        raise
-                future.set_result(model)
+                model.warm_up(encodes=self._writes)
+            except BaseException:
+                model.stop()
+                raise
+        return model
+
+    def in_background(self, name: str, work: Callable[[], Result]) -> Future[Result]:
+        """Runs `work` in a thread of its own that the process does not wait for when it is told to end.
+
+        For what takes long: the threads of an executor are waited for. Only on the event loop.
+        """
+        future: Future[Result] = Future()
+        # From now on it cannot be cancelled from outside: the thread is at work whether anybody waits or not.
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
             except Exception as error:  # whoever waits for the future gets it
                 future.set_exception(error)
 
-        self.compile_in_background("reload", work)
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._background = [each for each in self._background if each.is_alive()] + [thread]
+        thread.start()
         return future
 
-    def compile_in_background(self, name: str, work: Callable[[], None]) -> None:
-        """Runs `work`, which compiles, in a thread that the process does not wait for when it is told to end."""
-        self._compiling = threading.Thread(target=work, name=name, daemon=True)
-        self._compiling.start()
-
     @property
-    def compiling(self) -> bool:
-        """Whether that thread is at work."""
-        return self._compiling is not None and self._compiling.is_alive()
+    def at_work(self) -> bool:
+        """Whether a thread of `in_background` is at work."""
+        return any(thread.is_alive() for thread in self._background)
 
     def close(self) -> None:
-        """Scores what waits, sends the last spans and closes the store."""
+        """Scores what waits, sends the last spans and closes the store, unless a thread may still write to it."""
         self.model.stop()
         if self.tracer is not None:
             self.tracer.close()
-        if self.store is not None:
+        if self.store is not None and not self.at_work:
             self.store.close()
 
 

@@ -47,6 +47,11 @@ class Gate:
                 self._add_headers(call, MutableHeaders(scope=message))
             await send(message)
 
+        async def refuse(error: ApiError) -> None:
+            call.refusal = error.kind
+            if not status:  # otherwise an answer has begun
+                await error_response(error, call.request_id)(scope, receive, send_with_headers)
+
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
                 raise ApiError(431, "head_too_large", f"headers: at most {MAX_HEAD_BYTES} bytes")
@@ -56,14 +61,12 @@ class Gate:
             self.service.engine.metrics.cancelled.inc()
             status, call.refusal = 499, "client_gone"
         except ApiError as error:
-            call.refusal = error.kind
-            await error_response(error, call.request_id)(scope, receive, send_with_headers)
+            await refuse(error)
+        except asyncio.CancelledError:  # uvicorn cancels what draining has left, and waits for nothing after it
+            await refuse(self.service.admission.not_ready("draining"))
         except Exception:  # the answer must tell nothing of what went wrong inside; the log does
             logger.exception("unexpected error", extra={"fields": {"request_id": call.request_id}})
-            failure = ApiError(500, "internal_error", "an error inside the server; its log has the request's id")
-            call.refusal = failure.kind
-            if not status:
-                await error_response(failure, call.request_id)(scope, receive, send_with_headers)
+            await refuse(ApiError(500, "internal_error", "an error inside the server; its log has the request's id"))
         finally:
             self._record(scope, call, status)
 

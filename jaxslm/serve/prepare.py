@@ -259,7 +259,7 @@ class Preparer:
             prepared.prefix_tokens = len(self._ranker.prompt.encode_query(query))
             return
         places = list(texts)
-        encoded = self._ranker.prompt.encode(query, list(texts.values()), max_item_tokens)
+        encoded = self._ranker.prompt.encode(query, list(texts.values()), max_item_tokens, places)
         prepared.prefix_tokens = len(encoded.prefix_ids)
         prepared.add(PackRequest(encoded.prefix_ids, encoded.item_ids), places)
         for place, truncated in zip(places, encoded.truncated, strict=True):
@@ -284,7 +284,7 @@ class Preparer:
             vectors = {place: vectors[place] for place in self._not_cached(prepared, query, vectors, None)}
         if vectors:
             places = list(vectors)
-            request = VectorRequest(query, list(vectors.values()), list(beside.values()) if beside else None)
+            request = VectorRequest(query, list(vectors.values()), list(beside.values()) if beside else None, places)
             for numbers, part in scorer.pack(request):
                 prepared.add(part, [places[number] for number in numbers])
 

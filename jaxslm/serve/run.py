@@ -109,16 +109,17 @@ class Server(uvicorn.Server):
         """Starts draining; ends at once when it is called again."""
         if self._drain_until is not None:
             self.force_exit = self.should_exit = True
+            self.config.timeout_graceful_shutdown = 0
             return
         self.service.engine.health.state = "draining"
         self._drain_until = time.monotonic() + self.service.settings.drain_s
 
     async def on_tick(self, counter: int) -> bool:
         """Ends when nothing is left to answer, or when the server will never be ready."""
-        if self._drain_until is not None and (
-            not self.service.admission.active.number or time.monotonic() > self._drain_until
-        ):
-            self.should_exit = True
+        if self._drain_until is not None:
+            self.service.out_of_time = time.monotonic() > self._drain_until
+            if self.service.out_of_time or not self.service.admission.active.number:
+                self.should_exit = True
         if self.service.engine.health.state == "failed":
             self.should_exit = True
         return await super().on_tick(counter)
@@ -140,7 +141,7 @@ def serve(settings: ServeSettings) -> dict[str, Any]:
     logger.info("listening", extra={"fields": {"url": server.url, "model": engine.model.name}})
     start = time.monotonic()
     server.serve_until_signal()
-    if engine.compiling:
+    if engine.at_work:
         # XLA crashes if the interpreter is taken down around it. Exit handlers run last in, first out: before JAX's.
         atexit.register(_end_now)
     if engine.health.state == "failed":

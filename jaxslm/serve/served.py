@@ -15,7 +15,7 @@ from jaxslm.errors import InputError
 from jaxslm.items.store import Store
 from jaxslm.score.forward import PackRequest
 from jaxslm.score.scorer import Ranker
-from jaxslm.serve.batcher import Batcher
+from jaxslm.serve.batcher import Batcher, DeadlineError
 from jaxslm.serve.buckets import PASS_TOKENS, serving_buckets
 from jaxslm.serve.cache import ScoreCache
 from jaxslm.serve.catalogue import Catalogue
@@ -60,6 +60,8 @@ class ServedModel:
         else:
             buckets = serving_buckets(checkpoint.config, platform, checkpoint.manifest.compressor)
         self.ranker = Ranker(checkpoint, settings.dtype, devices, buckets)
+        if not self.ranker.scorer.packer.longest_item:
+            raise InputError("buckets: none takes text, which a server scores whatever else it does")
         max_batch_tokens = settings.max_batch_tokens or PASS_TOKENS[platform][-1] * len(devices)
         self.batcher = Batcher(self.ranker.scorer, metrics, max_batch_tokens, settings.max_wait_ms / 1000)
         self.catalogue: Catalogue | None = None
@@ -84,7 +86,11 @@ class ServedModel:
         self.ranker.warm_up(done)
         self.batcher.start()
         job = self.batcher.submit(self._full_request(), time.monotonic() + self._first_pass_s, trial=True)
-        if not np.isfinite(job.future.result()).all():
+        try:
+            logits = job.future.result(self._first_pass_s)
+        except TimeoutError:  # the queue forgets late jobs, but not what a device that hangs has taken
+            raise DeadlineError from None
+        if not np.isfinite(logits).all():
             raise InputError("the checkpoint's scores are no finite numbers")
 
     def _full_request(self) -> PackRequest:

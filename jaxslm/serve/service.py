@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxslm.compress.catalogue import Summary
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
@@ -80,7 +81,11 @@ class Call:
 
 
 class Service:
-    """The model in service behind admission control. Methods raise ApiError, or ClientGoneError if nobody waits."""
+    """The model in service behind admission control. Methods raise ApiError, or ClientGoneError if nobody waits.
+
+    Attributes:
+        out_of_time: draining has taken as long as it may: whoever encodes items stops after the pass that runs.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -88,12 +93,12 @@ class Service:
         self.admission = Admission(engine)
         # Tokenisation leaves the interpreter's lock alone, so threads help; more than a few only queue for it.
         self._threads = ThreadPoolExecutor(4, "prepare")
-        self._encoder_thread = ThreadPoolExecutor(1, "encode")
+        self._encoding = asyncio.Lock()
+        self.out_of_time = False
 
     def close(self) -> None:
-        """Ends the threads."""
-        self._threads.shutdown()
-        self._encoder_thread.shutdown()
+        """Ends the threads of requests: what waits for one is cancelled, and nobody waits for those at work."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def score(self, call: Call, parse: Callable[[], ScoreRequest], gone: Disconnected) -> ScoreResponse:
         """Answers `/v1/score`. `parse` checks the body, off the event loop."""
@@ -133,7 +138,7 @@ class Service:
                 raise invalid(f"vectors_per_item: must be one of {catalogue.ks}", "vectors_per_item")
             call.items = len(body.items)
             items = [Item(id=item.id, title=item.title, text=item.text) for item in body.items]
-            summary = catalogue.put(items, k)
+            summary = catalogue.put(items, k, self._check_time)
             reasons = summary.reasons.items()
             failed = [FailedItems(reason=why, items=number, first_id=first) for why, (number, first) in reasons]
             return PutItemsResponse(
@@ -153,6 +158,10 @@ class Service:
 
         return await self._with_catalogue(delete)
 
+    def _check_time(self, _: Summary) -> None:
+        if self.out_of_time:
+            raise self.admission.not_ready("draining")
+
     def _check_number(self, items: int) -> None:
         if items > self.settings.max_items:
             raise ApiError(413, "too_many_items", f"{items} items: at most {self.settings.max_items}")
@@ -162,14 +171,16 @@ class Service:
         with self.engine.using() as model:
             if model.catalogue is None:
                 raise invalid("this server has no item store for its checkpoint")
-            return await self._in_thread(self._encoder_thread, partial(work, model.catalogue))
+            async with self._encoding:
+                done = self.engine.in_background("encode", partial(work, model.catalogue))
+                return await self._result(asyncio.wrap_future(done))
 
     async def reload(self, parse: Callable[[], ReloadRequest]) -> ReloadResponse:
         """Answers `POST /v1/reload`."""
         start = time.monotonic()
         results = self.engine.metrics.reloads
         try:
-            body = await self._in_thread(self._threads, parse)
+            body = await self._in_thread(parse)
             model = await self.engine.reload(body.model)
         except ApiError:
             results.labels("refused").inc()
@@ -177,7 +188,7 @@ class Service:
         results.labels("done").inc()
         stored = None
         if model.catalogue is not None:
-            stored = await self._in_thread(self._encoder_thread, partial(model.catalogue.sample, SAMPLED_ITEMS))
+            stored = await self._in_thread(partial(model.catalogue.sample, SAMPLED_ITEMS))
         return ReloadResponse(
             model=model.name,
             params_sha256=model.ranker.manifest.params_sha256,
@@ -189,7 +200,7 @@ class Service:
         self, batcher: Batcher, call: Call, prepare: Callable[[], tuple[Result, Prepared]], gone: Disconnected
     ) -> tuple[Result, Prepared]:
         """Prepares a request in a thread, has it scored and returns both."""
-        body, prepared = await self._in_thread(self._threads, prepare)
+        body, prepared = await self._in_thread(prepare)
         call.tokenise_s = time.monotonic() - call.received - call.receive_s
         call.items, call.tokens = len(prepared.status), prepared.num_tokens
         if prepared.work:
@@ -197,9 +208,13 @@ class Service:
         call.scored = time.monotonic()
         return body, prepared
 
-    async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        return await self._result(asyncio.get_running_loop().run_in_executor(self._threads, work))
+
+    async def _result(self, work: asyncio.Future[Result]) -> Result:
+        """Returns what a thread did; what input and store did wrong becomes a refusal."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(threads, work)
+            return await work
         except InputError as error:
             raise invalid(str(error)) from None
         except StoreUnavailable:
@@ -208,8 +223,9 @@ class Service:
     async def _score(self, batcher: Batcher, call: Call, prepared: Prepared, gone: Disconnected) -> None:
         """Has the prepared rows scored and fills in their logits."""
         left = call.deadline - time.monotonic()
-        if batcher.wait_s(prepared.num_tokens) > ADMITTED_SHARE * left and batcher.queued_tokens:
-            self.admission.refuse_load("overloaded", "it would not be scored by its deadline", prepared.num_tokens)
+        tokens = sum(request.num_tokens for request, _ in prepared.work)  # what is cached costs the device nothing
+        if batcher.wait_s(tokens) > ADMITTED_SHARE * left and batcher.queued_tokens:
+            self.admission.refuse_load("overloaded", "it would not be scored by its deadline", tokens)
         jobs = [batcher.submit(request, call.deadline) for request, _ in prepared.work]
         try:
             results = await self._wait(jobs, left, gone)

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections import Counter
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,44 @@ def test_the_report_has_the_keys_of_all_benchmarks_after_the_floor(
     assert asked[-1] == name
     json.dumps(result)
     assert capsys.readouterr().err.startswith("small: 7 items of 5 tokens after 6 shared ones")
+
+
+class FailingPeer(FakePeer):
+    """Runs a setting in half of our time; fails with "eager" whenever it is timed, and with "sdpa" in the first round.
+
+    A setting runs twice before the rounds.
+    """
+
+    def __init__(self, python: str, setup: dict[str, Any]) -> None:
+        super().__init__(python, setup)
+        self.runs: Counter[Setting] = Counter()
+
+    def run(self, setting: Setting, save: Path | None = None) -> float | str:
+        self.runs[setting] += 1
+        round_number = self.runs[setting] - 2
+        if round_number == 1 or (round_number > 1 and setting.attention == "eager"):
+            return "out of memory"
+        super().run(setting, save)
+        return 0.5 * max(round_number, 1)
+
+
+def test_rounds_that_fail_are_left_out_and_the_others_stay_pairs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours takes a second more in each round, and the peer half of that."""
+    rounds = count(1)
+    monkeypatch.setattr(peers, "Peer", FailingPeer)
+    monkeypatch.setattr(peers, "check_python", lambda python: None)
+    monkeypatch.setattr(peers, "timed", lambda ours: float(next(rounds)))
+    ceilings = Ceilings("a CPU", "float32", 1e11, 1e10)
+    result = bench_peers("small", "tiny", "python", repeats=4, batches=(7,), torch_compile=False, ceilings=ceilings)
+    named = {row["name"]: row for row in result["rows"]}
+    assert not [name for name in named if "eager" in name]
+    assert {why for name, why in result["not_measured"].items() if "eager" in name} == {"out of memory"}
+    assert len(result["not_measured"]) == 2
+    assert {row["ours_is_faster_by"] for name, row in named.items() if name != "jaxslm"} == {0.5}
+    assert named[str(Setting("sdpa", 1, 7))]["items_per_s"] == pytest.approx(7 / 1.5)
+    assert "left out, as it failed in every round: transformers eager" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

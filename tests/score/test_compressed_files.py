@@ -76,6 +76,16 @@ def test_buckets_fitted_to_texts_serve_vectors_too(
     np.testing.assert_allclose(line["scores"], expected.probabilities, rtol=0, atol=1e-5)
 
 
+def test_an_item_that_cannot_be_scored_is_named_by_its_number_in_the_request(
+    tmp_path: Path, checkpoint: Path, store: Path, capsys: Any
+) -> None:
+    odd = Record(load_encoder(checkpoint).identity, np.zeros((3, 32), np.float32), "0" * 64)
+    with open_store(str(store)) as opened:
+        opened.put({"odd": pack_record(odd, "float32")})
+    assert score(tmp_path, checkpoint, store, ["unknown", "odd"]) == (2, [])
+    assert "request 1: item 1: 3 vectors" in capsys.readouterr().err
+
+
 def test_items_by_id_score_as_in_memory_and_others_say_why_not(
     tmp_path: Path, checkpoint: Path, ranker: Ranker, vectors: np.ndarray, store: Path, stale: bytes, capsys: Any
 ) -> None:

@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 
 from jaxslm.data_files import Item
+from jaxslm.errors import InputError
 from jaxslm.items.store import StoreUnavailable
+from jaxslm.score.scorer import Ranker
 from jaxslm.serve import cache as cache_module
 from jaxslm.serve.cache import CachedScore, MemoryCache, SharedCache, score_key
+from jaxslm.serve.metrics import Metrics
+from jaxslm.serve.prepare import Preparer
+from jaxslm.serve.run import Server
+from jaxslm.serve.schemas import RerankRequest, ScoreRequest
 from jaxslm.serve.settings import CacheSettings, ServeSettings
-from tests.serve.tiny_server import metric, running
+from tests.serve.tiny_server import metric, ok, post, running
 
 SCORE = CachedScore(-0.5, 0.25, 17, truncated=True)
 
@@ -103,6 +109,42 @@ def test_a_shared_cache_that_fails_holds_nothing_and_is_left_alone(monkeypatch: 
     store.there = True
     now += 2 * cache_module.RETRY_S
     assert cache.get(["a"]) == [SCORE]
+
+
+def known(preparer: Preparer, cache: MemoryCache, query: str, items: list[str]) -> None:
+    """Puts scores of these items into the cache."""
+    prepared = preparer.score(ScoreRequest(query=query, items=items))
+    prepared.logits[:] = 0
+    cache.put(prepared.scored())
+
+
+def test_only_what_is_not_cached_counts_as_work(
+    server: Server, ranker: Ranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, cache = server.service.engine, MemoryCache(ttl_s=1000.0, max_items=5)
+    asked = []
+
+    def wait_s(tokens: int) -> float:
+        asked.append(tokens)
+        return 0.0
+
+    monkeypatch.setattr(engine, "cache", cache)
+    monkeypatch.setattr(engine.model.preparer, "_cache", cache)
+    monkeypatch.setattr(engine.model.batcher, "wait_s", wait_s)
+    known(engine.model.preparer, cache, "q", ["a", "b"])
+    answer = ok(post(server, "/v1/score", {"query": "q", "items": ["a", "new", "b"]}))
+    encoded = ranker.prompt.encode("q", ["new"])
+    assert asked == [len(encoded.prefix_ids) + len(encoded.item_ids[0])]
+    assert answer["usage"]["total_tokens"] > asked[0]
+
+
+def test_a_broken_item_keeps_its_number_when_others_are_cached(ranker: Ranker) -> None:
+    cache = MemoryCache(ttl_s=1000.0, max_items=5)
+    preparer = Preparer(ranker, Metrics(), 5, cache=cache)
+    known(preparer, cache, "q", ["a", "b"])
+    documents = ["a", "b", {"title": "x" * 2000, "text": "y"}]
+    with pytest.raises(InputError, match=r"^item 2: title of"):
+        preparer.rerank(RerankRequest.model_validate({"query": "q", "documents": documents}))
 
 
 def test_a_server_does_not_score_again_what_it_knows(files: dict[str, Any]) -> None:

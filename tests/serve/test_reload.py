@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 
 from jaxslm.checkpoint import load_checkpoint, load_manifest, save_checkpoint
+from jaxslm.score.compiled import CompiledScorer
+from jaxslm.score.scorer import Ranker
 from jaxslm.score.warmup import compilations, uncounted_compilations
+from jaxslm.serve import batcher
 from jaxslm.serve.engine import _without_folder
 from jaxslm.serve.run import Server
 from jaxslm.serve.served import ServedModel
@@ -232,6 +235,21 @@ def test_a_device_that_fails_with_the_new_model_leaves_the_old_one(
     assert (answer.status_code, answer.json()["type"]) == (503, "reload_failed")
     assert "secret" not in answer.text
     assert score(first_model)["logits"] == before["logits"]
+
+
+def test_a_device_that_hangs_with_the_new_model_keeps_no_reload_waiting(
+    first_model: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first pass has as long as any, and a later reload is not refused for its sake."""
+    engine, released = first_model.service.engine, threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "settings", engine.settings.model_copy(update={"stall_s": 0.2}))
+        patch.setattr(Ranker, "warm_up", lambda *_: None)
+        patch.setattr(CompiledScorer, "dispatch", lambda *_: released.wait(120))
+        patch.setattr(batcher, "STOP_S", 0.1)
+        answers = [reload(first_model, None) for _ in range(2)]
+        released.set()
+    assert [(answer.status_code, answer.json()["type"]) for answer in answers] == [(503, "reload_failed")] * 2
 
 
 def test_one_reload_at_a_time_and_only_with_the_admin_key(first_model: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from jaxslm.config import Calibration
 from jaxslm.errors import InputError
+from jaxslm.items.record import Record, pack_record
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import vocab_logits
 from jaxslm.model.layout import Rows
@@ -179,6 +181,17 @@ def test_stale_and_corrupt_records_are_named(server: Server, stored: dict[str, n
     assert deleted.json() == {"deleted": 2}
 
 
+def test_an_item_that_cannot_be_scored_is_named_by_its_number_in_the_request(server: Server) -> None:
+    """Though the items found in the store are prepared apart from the others."""
+    catalogue = server.service.engine.model.catalogue
+    assert catalogue is not None
+    odd = Record(catalogue.encoder.identity, np.zeros((3, 32), np.float32), "0" * 64)
+    catalogue._store.put({"odd": pack_record(odd, "float32")})
+    body = {"query": "python", "item_ids": [None, "odd"], "items": ["x", "y"]}
+    assert refused(post(server, "/v1/score", body), 400).startswith("item 1: 3 vectors")
+    catalogue.delete(["odd"])
+
+
 def test_items_get_as_many_vectors_as_the_shapes_take(server: Server, ranker: Ranker) -> None:
     """The compressor makes 1, 2 or 4; the compiled shapes take 2, and only what they take can be scored."""
     item = {"id": "by-default", "text": "a job"}
@@ -196,6 +209,14 @@ def test_a_store_needs_shapes_that_take_its_vectors(files: dict[str, Any], tmp_p
     settings = ServeSettings(**files | {"buckets": str(buckets)}, store=str(tmp_path / "store"))
     with pytest.raises(InputError, match=r"^buckets: none takes vectors of this compressor \(k = 1, 2, 4\)"):
         Engine(settings, Keys(admin="the-admin-key"))
+
+
+def test_buckets_without_one_for_text_are_refused(files: dict[str, Any], tmp_path: Path) -> None:
+    """Before the server listens: what tries the device is text, as most bodies are."""
+    buckets = tmp_path / "buckets.toml"
+    buckets.write_text(re.sub(r"(item_tokens = \d+)}", r"\1, vectors_per_item = 2}", BUCKETS))
+    with pytest.raises(InputError, match=r"^buckets: none takes text, [^\n]*$"):
+        Engine(ServeSettings(**files | {"buckets": str(buckets)}), Keys())
 
 
 def test_items_that_fail_or_have_not_changed_are_counted(server: Server, stored: dict[str, np.ndarray]) -> None:
