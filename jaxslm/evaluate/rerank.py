@@ -2,14 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from jaxslm.data_files import Item, Query
+from jaxslm.data_files import Item, Query, with_item_id
 from jaxslm.errors import InputError
 from jaxslm.evaluate.candidates import CandidateList, candidates
 from jaxslm.evaluate.metrics import (
@@ -202,7 +203,7 @@ def score_candidates(
     """Returns the run of `score` over the candidates of each query, and the seconds spent in it; shows a progress bar.
 
     Raises:
-        InputError: `score` returns a wrong shape or NaN.
+        InputError: `score` raises one, which then names the query, or returns a wrong shape or NaN.
     """
     run: dict[str, dict[str, float]] = {}
     seconds, done = 0.0, 0
@@ -211,12 +212,23 @@ def score_candidates(
         for query, each in zip(queries, lists, strict=True):
             batch = [items[item_id] for item_id in each.ids]
             start = time.perf_counter()
-            scores = np.asarray(score(query.query, batch), dtype=np.float64)
+            with naming(query, batch):
+                scores = np.asarray(score(query.query, batch), dtype=np.float64)
             seconds += time.perf_counter() - start
             run[query.query_id] = _checked(query.query_id, each.ids, scores)
             done += len(batch)
             bar.update(task, completed=done, description=f"ranking, {done / max(seconds, 1e-9):,.0f} items/s")
     return run, seconds
+
+
+@contextmanager
+def naming(query: Query, items: Sequence[Item]) -> Iterator[None]:
+    """Puts the query's id in front of an InputError, and an item's id for its number among `items`."""
+    try:
+        yield
+    except InputError as error:
+        told = with_item_id(error, items).removeprefix("query: ")
+        raise InputError(f"query {query.query_id!r}: {told}") from None
 
 
 def _checked(query_id: str, ids: Sequence[str], scores: np.ndarray) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from jaxslm.data_files import Item, Query, items_by_id, read_records
+from jaxslm.data_files import Item, Query, items_by_id, read_records, with_item_id
 from jaxslm.errors import InputError
 from jaxslm.train.data_settings import SourceSettings
 
@@ -263,10 +263,5 @@ def _encode_named(items: Sequence[Item], encoder: Encoder) -> list[list[int]]:
     """Encodes items; an error names the item's id in place of its number in the call."""
     try:
         return encoder.items(items)
-    except InputError:
-        for item in items:
-            try:
-                encoder.items([item])
-            except InputError as error:
-                raise InputError(f"item {item.id!r}: {str(error).removeprefix('item 0: ')}") from None
-        raise
+    except InputError as error:
+        raise InputError(with_item_id(error, items)) from None
