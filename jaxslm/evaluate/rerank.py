@@ -29,6 +29,12 @@ from jaxslm.progress import console, progress
 
 Score = Callable[[str, list[Item]], np.ndarray]  # (query text, items) -> one number per item, larger is better
 
+Check = Callable[[Sequence[CandidateList]], None]  # is given all candidates before the first one is scored
+
+
+def accept(lists: Sequence[CandidateList]) -> None:
+    """The check of who has nothing to check."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -115,7 +121,7 @@ def evaluate_ranker(
     limit: int | None = None,
     seed: int = 0,
     name: str = "ranker",
-    check: Callable[[Sequence[CandidateList]], None] = lambda lists: None,
+    check: Check = accept,
 ) -> Report:
     """Scores the candidates of every query and reports the ranker and BM25 on the same lists.
 
@@ -129,7 +135,7 @@ def evaluate_ranker(
         limit: evaluate this many queries, chosen by `sample_queries`.
         seed: of that choice.
         name: of the ranker, in tables and results.
-        check: is called with all candidates before the first one is scored.
+        check: raises InputError for candidates that cannot be scored, or whose scores could not be kept.
 
     Raises:
         InputError: no query has a relevant item, a judged id is unknown, or `score` returns a wrong shape or NaN.

@@ -101,3 +101,25 @@ def test_a_checkpoint_is_evaluated_as_ranker_and_as_bi_encoder_on_one_list(data:
     assert compare_run_files(tmp_path / "text.run", tmp_path / "bi-encoder.run", data, "dev")["queries"] == 12
     with pytest.raises(InputError, match="max_item_tokens is the bi-encoder's"):
         evaluate_checkpoint(model, data, "dev", max_item_tokens=16)
+
+
+def test_a_run_that_cannot_be_written_is_told_before_anything_is_scored(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's name is the tag, whatever it is; an id with white space or a path below a file is refused."""
+    model = tiny_checkpoint(tmp_path / "my ckpt", tiny_config("llama", num_layers=1), template="yes-no")
+    for folder, out in ((model, tmp_path / "spaced.run"), (Path(), tmp_path / "here.run")):
+        monkeypatch.chdir(model)
+        assert evaluate_checkpoint(folder, data, "dev", limit=1, run_out=out)["rows"][-1]["name"] == "my ckpt"
+        assert out.read_text().split("\n")[0].endswith(" my-ckpt")
+    spaced = tmp_path / "data"
+    spaced.mkdir()
+    for name in ("items", "dev"):
+        content = (data / f"{name}.jsonl").read_text()
+        (spaced / f"{name}.jsonl").write_text(content.replace('"i3"', '"i 3"'))
+    monkeypatch.setattr("jaxslm.score.scorer.Ranker.log_odds", lambda *arguments: pytest.fail("must not score"))
+    with pytest.raises(InputError, match="item id 'i 3' is empty or holds white space"):
+        evaluate_checkpoint(model, spaced, "dev", run_out=tmp_path / "new.run")
+    with pytest.raises(InputError, match=r"cannot create it \(.*here.run is not a folder\)"):
+        evaluate_checkpoint(model, data, "dev", run_out=tmp_path / "here.run" / "new.run")
+    assert not (tmp_path / "new.run").exists()
