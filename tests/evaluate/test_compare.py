@@ -72,13 +72,17 @@ def test_tau_to_a_reference_is_paired_by_query(data: Path, tmp_path: Path) -> No
         compare_run_files(data / "good.run", data / "random.run", data, "dev", tmp_path / "other.run")
 
 
-def test_runs_of_other_queries_are_refused(data: Path, tmp_path: Path) -> None:
+def test_runs_of_other_queries_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "few.run", {query: GOOD[query] for query in list(GOOD)[:5]})
     with pytest.raises(InputError, match="cover different queries: 7 only in the first"):
         compare_run_files(data / "good.run", tmp_path / "few.run", data, "dev")
     write_run(tmp_path / "other.run", {"elsewhere": {"i1": 1.0}})
-    with pytest.raises(InputError, match="none of the 0 queries"):
-        compare_run_files(tmp_path / "other.run", tmp_path / "other.run", data, "dev")
+    with pytest.raises(InputError, match=r"dev.jsonl: holds none of the 1 queries of .*other.run"):
+        compare_run_files(data / "good.run", tmp_path / "other.run", data, "dev")
+    write_run(tmp_path / "more.run", {**GOOD, "elsewhere": {"i1": 1.0}})
+    capsys.readouterr()
+    assert compare_run_files(tmp_path / "more.run", data / "good.run", data, "dev")["queries"] == 12
+    assert "dev.jsonl: lacks 1 of the 13 queries of " in capsys.readouterr().err
     with pytest.raises(InputError, match="no such file"):
         compare_run_files(tmp_path / "none.run", data / "good.run", data, "dev")
 
