@@ -175,7 +175,8 @@ COMPARISON_ITEMS = 640
 
 def _with_comparison_layer(start: Checkpoint, settings: RankerTraining, data: TrainingData, mesh: Mesh) -> Checkpoint:
     """The start with `add_comparison_layer`, from the first lists of the first host's order."""
-    chosen = settings.data.model_copy(update={"workers": 0})
+    # It is set from the items alone, and their teacher is read with the batches that train.
+    chosen = settings.data.model_copy(update={"workers": 0, "teacher_requests": None, "teacher_scores": None})
     batches = ranker_batches(chosen, start.prompt, data=data)
     in_a_batch = settings.data.lists_per_batch * settings.data.items_per_list
     sample = list(itertools.islice(batches, -(-COMPARISON_ITEMS // in_a_batch)))

@@ -14,6 +14,7 @@ from jaxslm.train.heldout import HeldOut
 from jaxslm.train.settings import EvaluationSettings
 from tests.train.graded import (
     JUDGED,
+    QUERIES,
     assert_same,
     expected_rows,
     pairs,
@@ -139,6 +140,25 @@ def test_stored_teacher_scores(folder: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "scores.jsonl", [{"scores": [0.5], "logits": [1.0]}])
     with pytest.raises(InputError, match=r"scores.jsonl: has 1 lines, .*requests.jsonl has 22"):
         ranker(folder, **paths)
+
+
+def test_stored_scores_of_few_pairs_are_told_and_of_none_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths: dict[str, Any] = {
+        name: str(tmp_path / f"{name[8:]}.jsonl") for name in ("teacher_requests", "teacher_scores")
+    }
+    write_lines(tmp_path / "scores.jsonl", [{"logits": [1.0]}])
+    query = queries_by_id(folder)[0]
+    item = {"id": query["items"][0]["id"], "text": "?"}
+    write_lines(tmp_path / "requests.jsonl", [{"query": query["query"], "items": [item]}])
+    ranker(folder, **paths)
+    ranker(folder, host=1, hosts=2, **paths)
+    assert capsys.readouterr().err.count(f"requests.jsonl: holds 1 of the {QUERIES * JUDGED} judged pairs of ") == 1
+    for words, other in (("another query", item), (query["query"], item | {"id": "renamed"})):
+        write_lines(tmp_path / "requests.jsonl", [{"query": words, "items": [other]}])
+        with pytest.raises(InputError, match=r"requests.jsonl: holds none of the 276 judged pairs of .*queries.jsonl"):
+            ranker(folder, **paths)
 
 
 @pytest.mark.parametrize(
