@@ -140,9 +140,7 @@ def evaluate_ranker(
     Raises:
         InputError: no query has a relevant item, a judged id is unknown, or `score` returns a wrong shape or NaN.
     """
-    eligible = [q for q in queries if has_relevant({judged.id: judged.label for judged in q.items})]
-    if not eligible:
-        raise InputError(f"none of the {len(queries)} queries has a relevant judged item (label >= {RELEVANT_LABEL})")
+    eligible = with_relevant(queries)
     chosen = sample_queries(eligible, limit, seed)
     lists = candidates(chosen, items, k)
     check(lists)
@@ -166,6 +164,14 @@ def evaluate_ranker(
         run=run,
         bm25_run=bm25_run,
     )
+
+
+def with_relevant(queries: Sequence[Query]) -> list[Query]:
+    """Returns the queries that have a relevant judged item. Raises InputError if none has."""
+    eligible = [q for q in queries if has_relevant({judged.id: judged.label for judged in q.items})]
+    if not eligible:
+        raise InputError(f"none of the {len(queries)} queries has a relevant judged item (label >= {RELEVANT_LABEL})")
+    return eligible
 
 
 def sample_queries(queries: Sequence[Query], limit: int | None, seed: int = 0) -> list[Query]:

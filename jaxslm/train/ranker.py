@@ -132,6 +132,7 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     join_hosts()
     mesh, dtype = make_mesh(), dtype_of(settings)
     start = load_start(settings, mesh)
+    held_out = HeldOut(settings.evaluation, start.prompt.encode)
     data = ranker_data(settings.data, start.prompt)
     if settings.comparison_layer:
         start = _with_comparison_layer(start, settings, data, mesh)
@@ -143,7 +144,6 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     batches = ranker_batches(
         settings.data, start.prompt, host=jax.process_index(), hosts=jax.process_count(), data=data
     )
-    held_out = HeldOut(settings.evaluation)
 
     def evaluate(params: Params) -> dict[str, float]:
         checkpoint = Checkpoint(start.manifest, params, start.tokenizer_files)
