@@ -39,6 +39,16 @@ def refuse_existing(path: Path) -> None:
         raise InputError(f"{path} exists: name an output that does not")
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raises InputError if `path` exists or cannot be created: call it before work that a failure would throw away."""
+    refuse_existing(path)
+    folder = next(each for each in path.absolute().parents if os.path.lexists(each))
+    if not folder.is_dir():
+        raise InputError(f"{path}: cannot create it ({folder} is not a folder)")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot create it ({folder} cannot be written)")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path`; renames it to `path` when the block ends well, removes it otherwise.

@@ -6,7 +6,8 @@ requests `{"query": str, "items": [{"id"?: str, "text"?: str}]}`: the input of `
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -129,6 +130,14 @@ def distinct_queries(where: str, records: Iterable[Query]) -> list[Query]:
     if not queries:
         raise InputError(f"{where}: holds no records")
     return list(queries.values())
+
+
+def with_item_id(error: InputError, items: Sequence[str | Item]) -> str:
+    """Returns the words of an error that may begin with "item N: ", as a prompt's do: the item's id stands for N."""
+    found = re.match(r"item (\d+): ", str(error))
+    if found and isinstance(item := items[int(found[1])], Item):
+        return f"item {item.id!r}: {str(error)[found.end() :]}"
+    return str(error)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxslm.atomic import new_file, refuse_existing
 from jaxslm.checkpoint import load_checkpoint
@@ -18,12 +19,14 @@ from jaxslm.score.packing import Packer
 def fit_buckets_to_file(
     model: Path, traffic: Path, out: Path, *, count: int = 8, max_tokens: int = 1024, limit: int = 50
 ) -> dict[str, Any]:
-    """Writes buckets fitted to the requests of a file as TOML; returns their padding beside that of the defaults.
+    """Writes buckets fitted to requests of a file as TOML; returns their padding beside that of the defaults.
 
-    A few more hold what is longer than anything in the sample, up to the prompt's `max_tokens`.
+    The sample is `limit` requests that lie evenly over the file. A few more buckets hold what is longer than anything
+    in it, up to the prompt's `max_tokens`.
 
     Args:
-        model: the checkpoint whose tokenizer and prompt make the token lengths. traffic: as `jaxslm score --input`.
+        model: the checkpoint whose tokenizer and prompt make the token lengths.
+        traffic: as `jaxslm score --input`, with texts.
         count: most fitted buckets. max_tokens: largest forward pass. limit: how many requests of the file are used.
 
     Raises:
@@ -31,14 +34,14 @@ def fit_buckets_to_file(
     """
     refuse_existing(out)
     prompt = load_checkpoint(model).prompt
+    recorded = list(read_records(traffic, Request))
     requests = []
-    for request in read_records(traffic, Request):
-        encoded = prompt.encode(request.query, [item.text or "" for item in request.items])
+    for place in np.linspace(0, len(recorded) - 1, min(limit, len(recorded))).round().astype(int):
+        try:
+            encoded = prompt.encode(recorded[place].query, [item.text or "" for item in recorded[place].items])
+        except InputError as error:
+            raise InputError(f"{traffic}: request {place + 1}: {error}") from None
         requests.append(PackRequest(encoded.prefix_ids, encoded.item_ids))
-        if len(requests) == limit:
-            break
-    if not requests:
-        raise InputError(f"{traffic}: no requests")
     sample = fit_buckets([[request] for request in requests], count, max_tokens, pass_overhead(jax.default_backend()))
     fitted = with_longer(sample, prompt.config.max_tokens, max_tokens)
     with new_file(out) as staging:

@@ -159,7 +159,7 @@ def bench_fit_buckets(
     count: Annotated[int, typer.Option(min=1, help="Most shapes for the sample; a few more take longer texts.")] = 8,
     max_tokens: Annotated[int, typer.Option(min=64, help="Most tokens of a forward pass.")] = 1024,
 ) -> None:
-    """Fit the compiled shapes to a sample of traffic; what is longer than the sample still has a shape.
+    """Fit the compiled shapes to 50 requests spread over a file; what is longer than these still has a shape.
 
     Example: jaxslm bench fit-buckets --model smollm2 --input requests.jsonl --out buckets.toml
     """

@@ -52,9 +52,22 @@ class MixedPrompt:
         """Returns the most tokens of an item with k vectors, these included."""
         return k + self._config.max_text_tokens + len(self._answer)
 
-    def query_ids(self, query: str) -> list[int]:
-        """Returns what all items of a query share. Raises InputError for an empty query."""
-        return self._prompt.encode_query(query)
+    def encode(
+        self, query: str, ks: Sequence[int], texts: Sequence[str] | None = None
+    ) -> tuple[list[int], list[list[int]]]:
+        """Returns what all items of a query share, and `item_ids`.
+
+        Raises:
+            InputError: as `item_ids`; an empty query, or one so long that a row would pass the prompt's `max_tokens`.
+        """
+        prefix, items = self._prompt.encode_query(query), self.item_ids(ks, texts)
+        max_tokens = self._prompt.config.max_tokens
+        if len(prefix) + max(map(len, items)) > max_tokens:
+            raise InputError(
+                f"query: {len(prefix)} tokens with the prompt's words leave no room for an item in a row of"
+                f" max_tokens = {max_tokens}"
+            )
+        return prefix, items
 
     def item_ids(self, ks: Sequence[int], texts: Sequence[str] | None = None) -> list[list[int]]:
         """Returns the tokens of items with so many vectors each: placeholders, text, answer tokens.

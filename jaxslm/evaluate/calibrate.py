@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-from jaxslm.atomic import refuse_existing
+from jaxslm.atomic import refuse_unwritable
 from jaxslm.checkpoint import copy_calibrated
 from jaxslm.config import Calibration
 from jaxslm.data_files import Item, Query
@@ -55,9 +55,9 @@ def calibrate_checkpoint(
         plot: reliability before and after, .svg or .png.
 
     Raises:
-        InputError: an output exists, files break a rule, or the pairs cannot be fitted.
+        InputError: an output exists or cannot be created, files break a rule, or the pairs cannot be fitted.
     """
-    refuse_existing(out)
+    refuse_unwritable(out)
     if plot is not None:
         check_plot(plot)
     items, queries = read_split(data, split)
@@ -71,9 +71,9 @@ def calibrate_checkpoint(
     }
     console().print(_table(calibration, reports))
     numbers = {when: {name: getattr(report, name) for name in MEASURES} for when, report in reports.items()}
-    copy_calibrated(model, out, calibration, {f"calibrated_{name}": numbers["after"][name] for name in MEASURES})
     if plot is not None:
         write_plot(plot, reliability(reports))
+    copy_calibrated(model, out, calibration, {f"calibrated_{name}": numbers["after"][name] for name in MEASURES})
     return {
         "checkpoint": str(out),
         "calibration": calibration.model_dump(),

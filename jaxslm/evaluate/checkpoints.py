@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxslm.atomic import refuse_existing
+from jaxslm.atomic import refuse_unwritable
 from jaxslm.checkpoint import Checkpoint, load_checkpoint
 from jaxslm.compress.encoder import identity_of
 from jaxslm.compress.splice import text_of
@@ -17,8 +17,8 @@ from jaxslm.config import ComputeDtype
 from jaxslm.data_files import Item, Query, read_items, read_queries
 from jaxslm.errors import InputError
 from jaxslm.evaluate.candidates import CandidateList
-from jaxslm.evaluate.rerank import Report, evaluate_ranker, print_report
-from jaxslm.evaluate.trec import write_run
+from jaxslm.evaluate.rerank import Check, Report, accept, evaluate_ranker, print_report
+from jaxslm.evaluate.trec import check_ids, write_run
 from jaxslm.items.lookup import ItemVectors, Status
 from jaxslm.items.store import Store, open_store
 from jaxslm.score.bi_encoder import BiEncoder
@@ -38,11 +38,18 @@ def read_split(data: Path, split: str) -> tuple[dict[str, Item], list[Query]]:
 
 
 def evaluate_loaded(
-    ranker: Ranker, data: Path, split: str, *, name: str, candidates: int = 50, limit: int | None = None
+    ranker: Ranker,
+    data: Path,
+    split: str,
+    *,
+    name: str,
+    candidates: int = 50,
+    limit: int | None = None,
+    check: Check = accept,
 ) -> Report:
     """Ranks the candidates of a split's queries by log-odds."""
     items, queries = read_split(data, split)
-    return evaluate_ranker(ranker.log_odds, queries, items, k=candidates, limit=limit, name=name)
+    return evaluate_ranker(ranker.log_odds, queries, items, k=candidates, limit=limit, name=name, check=check)
 
 
 def evaluate_bi_encoder(
@@ -53,6 +60,7 @@ def evaluate_bi_encoder(
     name: str,
     candidates: int = 50,
     limit: int | None = None,
+    check: Check = accept,
     max_item_tokens: int,
     dtype: DTypeLike | None = None,
 ) -> Report:
@@ -61,7 +69,7 @@ def evaluate_bi_encoder(
     used = jnp.dtype(dtype or compute_dtype())
     encoder = BiEncoder(checkpoint.config.model, checkpoint.prompt, used, max_item_tokens=max_item_tokens)
     encoder.load(checkpoint.params)
-    return evaluate_ranker(encoder.score, queries, items, k=candidates, limit=limit, name=name)
+    return evaluate_ranker(encoder.score, queries, items, k=candidates, limit=limit, name=name, check=check)
 
 
 def evaluate_store(
@@ -73,6 +81,7 @@ def evaluate_store(
     name: str,
     candidates: int = 50,
     limit: int | None = None,
+    check: Check = accept,
 ) -> Report:
     """Ranks the candidates of a split's queries by log-odds on the embedding tokens that a store has of them.
 
@@ -86,7 +95,8 @@ def evaluate_store(
     known.check_store()
     fields = ranker.manifest.compressor.text_fields if ranker.manifest.compressor is not None else ()
 
-    def check(lists: Sequence[CandidateList]) -> None:
+    def check_store(lists: Sequence[CandidateList]) -> None:
+        check(lists)
         ids = list(dict.fromkeys(chain.from_iterable(each.ids for each in lists)))
         parts = (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
         _refuse_missing(store, ids, list(chain.from_iterable(known.get(part).status for part in parts)))
@@ -99,7 +109,7 @@ def evaluate_store(
         texts = [text_of(item, fields) for item in chosen] if fields else None
         return ranker.score_vectors(query, vectors, texts).log_odds
 
-    return evaluate_ranker(score, queries, items, k=candidates, limit=limit, name=name, check=check)
+    return evaluate_ranker(score, queries, items, k=candidates, limit=limit, name=name, check=check_store)
 
 
 def _refuse_missing(store: Store, ids: Sequence[str], status: Sequence[Status]) -> None:
@@ -141,10 +151,14 @@ def evaluate_checkpoint(
         dtype: compute dtype; float32 on a CPU and bfloat16 elsewhere if None.
 
     Raises:
-        InputError: `run_out` exists, or the checkpoint or the data break a rule.
+        InputError: `run_out` exists or cannot hold what it is to hold, or the checkpoint or the data break a rule.
     """
+    name = model.name or model.resolve().name  # "." has no name of its own
+    tag = "-".join(name.split())
+    options: dict[str, Any] = {"name": name, "candidates": candidates, "limit": limit}
     if run_out is not None:
-        refuse_existing(run_out)
+        refuse_unwritable(run_out)
+        options["check"] = lambda lists: check_ids(run_out, {each.query_id: each.ids for each in lists}, tag)
     for stem in ("items", split):
         data_file(data, stem)  # missing files are told before the model loads
     if (mode == "compressed") != (store is not None):
@@ -155,28 +169,19 @@ def evaluate_checkpoint(
         checkpoint = load_checkpoint(model)
         conditions["max_item_tokens"] = max_item_tokens or checkpoint.config.prompt.max_tokens
         report = evaluate_bi_encoder(
-            checkpoint,
-            data,
-            split,
-            name=model.name,
-            candidates=candidates,
-            limit=limit,
-            max_item_tokens=conditions["max_item_tokens"],
-            dtype=used,
+            checkpoint, data, split, max_item_tokens=conditions["max_item_tokens"], dtype=used, **options
         )
     elif max_item_tokens is not None:
         raise InputError("max_item_tokens is the bi-encoder's: a ranker's rows are cut by its prompt")
     elif store is not None:
         with open_store(store, read_only=True) as opened:
             conditions["store"] = opened.url
-            report = evaluate_store(
-                load(model, used), opened, data, split, name=model.name, candidates=candidates, limit=limit
-            )
+            report = evaluate_store(load(model, used), opened, data, split, **options)
     else:
-        report = evaluate_loaded(load(model, used), data, split, name=model.name, candidates=candidates, limit=limit)
+        report = evaluate_loaded(load(model, used), data, split, **options)
     print_report(report)
     if run_out is not None:
-        write_run(run_out, report.run, model.name)
+        write_run(run_out, report.run, tag)
     result = report.to_result()
     return result | {"conditions": result["conditions"] | conditions, "data": str(data), "split": split}
 

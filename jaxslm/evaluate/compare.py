@@ -11,7 +11,7 @@ from jaxslm.data_files import read_queries
 from jaxslm.errors import InputError
 from jaxslm.evaluate.agreement import kendall_tau, tau_by_query
 from jaxslm.evaluate.checkpoints import data_file
-from jaxslm.evaluate.metrics import CONVENTIONS, MEASURES, Estimate, Run, evaluate_run, labels_of
+from jaxslm.evaluate.metrics import CONVENTIONS, MEASURES, Estimate, Labels, Run, evaluate_run, labels_of
 from jaxslm.evaluate.significance import PairedDifference, compare_runs, paired_bootstrap
 from jaxslm.evaluate.trec import read_run
 from jaxslm.progress import console
@@ -31,11 +31,14 @@ def compare_run_files(
             to it, and their paired difference, as `kendall_tau_to_reference` (else None).
 
     Raises:
-        InputError: a file is missing or broken, no judged query has a relevant item, the runs answer different
-            queries, or none of them can be compared with the reference's.
+        InputError: a file is missing or broken, a run answers no query of the split, none of those that it answers has
+            a relevant item, the runs answer different ones, or none can be compared with the reference's.
     """
-    labels = labels_of(read_queries(data_file(data, split)))
+    judged_in = data_file(data, split)
+    labels = labels_of(read_queries(judged_in))
     runs = [read_run(first), read_run(second)]
+    for path, run in zip((first, second), runs, strict=True):
+        _tell_unjudged(path, run, labels, judged_in)
     differences = {measure: compare_runs(labels, runs[0], runs[1], measure) for measure in MEASURES}
     answered = {query_id: judged for query_id, judged in labels.items() if runs[0].get(query_id)}
     means = [evaluate_run(answered, run, resamples=1).estimates for run in runs]
@@ -62,6 +65,18 @@ def compare_run_files(
         "kendall_tau_to_reference": kept,
         "conventions": CONVENTIONS,
     }
+
+
+def _tell_unjudged(path: Path, run: Run, labels: Labels, judged_in: Path) -> None:
+    """Says how many queries of a run the split lacks. Raises InputError if it has none of them: it is another split."""
+    unjudged = run.keys() - labels.keys()
+    if not unjudged:
+        return
+    whole = f"the {len(run):,} queries of {path}"
+    if len(unjudged) == len(run):
+        raise InputError(f"{judged_in}: holds none of {whole}")
+    line = f"{judged_in}: lacks {len(unjudged):,} of {whole}, which are left out"
+    console().print(line, markup=False, soft_wrap=True)
 
 
 def _kept_order(runs: Sequence[Run], reference: Path) -> dict[str, Any]:

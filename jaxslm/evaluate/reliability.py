@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxslm.atomic import new_file, refuse_existing
+from jaxslm.atomic import new_file, refuse_unwritable
 from jaxslm.errors import InputError
 from jaxslm.evaluate.calibration import CalibrationReport
 from jaxslm.evaluate.figures import LIGHT, MARKERS, SERIES, Drawing, draw
@@ -34,8 +34,11 @@ def reliability(reports: Mapping[str, CalibrationReport]) -> Drawing:
 
 
 def check_plot(path: Path) -> None:
-    """Raises InputError if `path` exists or is of another format, or matplotlib is absent: call it before long work."""
-    refuse_existing(path)
+    """Raises InputError for a path that exists, cannot be created or is of another format, or without matplotlib.
+
+    Call it before long work.
+    """
+    refuse_unwritable(path)
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: a plot must end in {' or '.join(FORMATS)}")
     if find_spec("matplotlib") is None:

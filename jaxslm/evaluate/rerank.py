@@ -2,14 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from jaxslm.data_files import Item, Query
+from jaxslm.data_files import Item, Query, with_item_id
 from jaxslm.errors import InputError
 from jaxslm.evaluate.candidates import CandidateList, candidates
 from jaxslm.evaluate.metrics import (
@@ -27,6 +28,12 @@ from jaxslm.evaluate.significance import PairedDifference, paired_bootstrap
 from jaxslm.progress import console, progress
 
 Score = Callable[[str, list[Item]], np.ndarray]  # (query text, items) -> one number per item, larger is better
+
+Check = Callable[[Sequence[CandidateList]], None]  # is given all candidates before the first one is scored
+
+
+def accept(lists: Sequence[CandidateList]) -> None:
+    """The check of who has nothing to check."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ def evaluate_ranker(
     limit: int | None = None,
     seed: int = 0,
     name: str = "ranker",
-    check: Callable[[Sequence[CandidateList]], None] = lambda lists: None,
+    check: Check = accept,
 ) -> Report:
     """Scores the candidates of every query and reports the ranker and BM25 on the same lists.
 
@@ -128,14 +135,12 @@ def evaluate_ranker(
         limit: evaluate this many queries, chosen by `sample_queries`.
         seed: of that choice.
         name: of the ranker, in tables and results.
-        check: is called with all candidates before the first one is scored.
+        check: raises InputError for candidates that cannot be scored, or whose scores could not be kept.
 
     Raises:
         InputError: no query has a relevant item, a judged id is unknown, or `score` returns a wrong shape or NaN.
     """
-    eligible = [q for q in queries if has_relevant({judged.id: judged.label for judged in q.items})]
-    if not eligible:
-        raise InputError(f"none of the {len(queries)} queries has a relevant judged item (label >= {RELEVANT_LABEL})")
+    eligible = with_relevant(queries)
     chosen = sample_queries(eligible, limit, seed)
     lists = candidates(chosen, items, k)
     check(lists)
@@ -159,6 +164,14 @@ def evaluate_ranker(
         run=run,
         bm25_run=bm25_run,
     )
+
+
+def with_relevant(queries: Sequence[Query]) -> list[Query]:
+    """Returns the queries that have a relevant judged item. Raises InputError if none has."""
+    eligible = [q for q in queries if has_relevant({judged.id: judged.label for judged in q.items})]
+    if not eligible:
+        raise InputError(f"none of the {len(queries)} queries has a relevant judged item (label >= {RELEVANT_LABEL})")
+    return eligible
 
 
 def sample_queries(queries: Sequence[Query], limit: int | None, seed: int = 0) -> list[Query]:
@@ -202,7 +215,7 @@ def score_candidates(
     """Returns the run of `score` over the candidates of each query, and the seconds spent in it; shows a progress bar.
 
     Raises:
-        InputError: `score` returns a wrong shape or NaN.
+        InputError: `score` raises one, which then names the query, or returns a wrong shape or NaN.
     """
     run: dict[str, dict[str, float]] = {}
     seconds, done = 0.0, 0
@@ -211,12 +224,23 @@ def score_candidates(
         for query, each in zip(queries, lists, strict=True):
             batch = [items[item_id] for item_id in each.ids]
             start = time.perf_counter()
-            scores = np.asarray(score(query.query, batch), dtype=np.float64)
+            with naming(query, batch):
+                scores = np.asarray(score(query.query, batch), dtype=np.float64)
             seconds += time.perf_counter() - start
             run[query.query_id] = _checked(query.query_id, each.ids, scores)
             done += len(batch)
             bar.update(task, completed=done, description=f"ranking, {done / max(seconds, 1e-9):,.0f} items/s")
     return run, seconds
+
+
+@contextmanager
+def naming(query: Query, items: Sequence[Item]) -> Iterator[None]:
+    """Puts the query's id in front of an InputError, and an item's id for its number among `items`."""
+    try:
+        yield
+    except InputError as error:
+        told = with_item_id(error, items).removeprefix("query: ")
+        raise InputError(f"query {query.query_id!r}: {told}") from None
 
 
 def _checked(query_id: str, ids: Sequence[str], scores: np.ndarray) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """TREC files: a run is `query Q0 item rank score tag`, qrels are `query 0 item grade`, white space between fields."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from jaxslm.atomic import new_file
@@ -19,16 +19,27 @@ def write_run(path: Path, run: Run, tag: str = "jaxslm") -> None:
     Raises:
         InputError: the file exists, an id or the tag is empty or holds white space, or a score is not finite.
     """
-    _check_id(path, "tag", tag)
+    check_ids(path, run, tag)
     with new_file(path) as staging, staging.open("w", encoding="utf-8", newline="\n") as out:
         for query_id, scores in run.items():
-            _check_id(path, "query id", query_id)
             for rank, item_id in enumerate(ranked(query_id, scores), start=1):
-                _check_id(path, "item id", item_id)
                 score = float(scores[item_id])
                 if not math.isfinite(score):
                     raise InputError(f"{path}: query {query_id!r}, item {item_id!r}: score {score} is not finite")
                 out.write(f"{query_id} Q0 {item_id} {rank} {score!r} {tag}\n")
+
+
+def check_ids(path: Path, ids: Mapping[str, Iterable[str]], tag: str) -> None:
+    """Raises InputError for ids or a tag that the run `path` cannot hold: call it before long work.
+
+    Args:
+        ids: query id -> item ids.
+    """
+    _check_id(path, "tag", tag)
+    for query_id, item_ids in ids.items():
+        _check_id(path, "query id", query_id)
+        for item_id in item_ids:
+            _check_id(path, "item id", item_id)
 
 
 def read_run(path: Path) -> dict[str, dict[str, float]]:

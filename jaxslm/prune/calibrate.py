@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxslm.config import BucketConfig, ModelConfig, RankerConfig
-from jaxslm.data_files import Item, Query, Request, read_items, read_records
+from jaxslm.data_files import Item, Query, Request, read_items, read_records, with_item_id
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_rows, log_odds
@@ -87,10 +87,11 @@ def read_calibration(path: Path, items: Path | None, prompt: Prompt, *, max_toke
     encoded: list[EncodedRequest] = []
     chosen, tokens = [], 0
     for index in np.random.default_rng(seed).permutation(len(requests)):
+        query, texts = requests[index]
         try:
-            request = prompt.encode(*requests[index])
+            request = prompt.encode(query, texts)
         except InputError as error:
-            raise InputError(f"{path}: request {index + 1}: {error}") from None
+            raise InputError(f"{path}: request {index + 1}: {with_item_id(error, texts)}") from None
         encoded.append(request)
         chosen.append(index)
         tokens += len(request.prefix_ids) + sum(map(len, request.item_ids))

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float32
 
 from jaxslm.compress.encoder import pad_items, pooled_states
 from jaxslm.config import ModelConfig
-from jaxslm.data_files import Item
+from jaxslm.data_files import Item, with_item_id
+from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.prompt import Prompt
 
@@ -54,9 +55,7 @@ class BiEncoder:
         query_ids = self._prompt.encode_query(query)
         new = list({item.id: item for item in items if item.id not in self._items}.values())
         if new:
-            suffix = len(self._prompt.suffix_ids)
-            encoded = self._prompt.encode(self._prompt.config.instruction, new, self._max_item_tokens).item_ids
-            ids = [each[:-suffix] for each in encoded]
+            ids = self._item_ids(new)
             for start in range(0, len(new), self._rows):
                 part = slice(start, start + self._rows)
                 states = self._mean_states(self._of_items, ids[part], 0, self._rows, self._longest)
@@ -65,6 +64,19 @@ class BiEncoder:
         first = self._prompt.query_from % len(query_ids)
         query_D = self._mean_states(self._of_query, [query_ids], first, 1, longest)[0]
         return np.stack([self._items[item.id] for item in items]) @ query_D
+
+    def check(self, query: str, items: Sequence[Item]) -> None:
+        """Raises InputError as `score`, without computing anything."""
+        self._prompt.encode_query(query)
+        self._item_ids(items)
+
+    def _item_ids(self, items: Sequence[Item]) -> list[list[int]]:
+        suffix = len(self._prompt.suffix_ids)
+        try:
+            encoded = self._prompt.encode(self._prompt.config.instruction, items, self._max_item_tokens).item_ids
+        except InputError as error:  # not every item of a request is encoded, so its number would mislead
+            raise InputError(with_item_id(error, items)) from None
+        return [each[:-suffix] for each in encoded]
 
     def _mean_states(
         self, states_of: Callable[..., Array], ids: Sequence[Sequence[int]], first: int, rows: int, longest: int

@@ -41,7 +41,6 @@ class VectorScorer:
         """Args: scorer, prompt: the ranker's. config: of the compressor that the ranker was trained with."""
         self._scorer, self._config = scorer, config
         self._mixed = MixedPrompt(prompt, config)
-        self._max_tokens = prompt.config.max_tokens
 
     @property
     def reads_texts(self) -> bool:
@@ -68,12 +67,7 @@ class VectorScorer:
                 missing texts, or a row beyond the prompt's `max_tokens`.
         """
         ks = self._checked_ks(request)
-        prefix, items = self._mixed.query_ids(request.query), self._mixed.item_ids(ks, request.texts)
-        if len(prefix) + max(map(len, items)) > self._max_tokens:
-            raise InputError(
-                f"query: {len(prefix)} tokens with the prompt's words leave no room for an item in a row of"
-                f" max_tokens = {self._max_tokens}"
-            )
+        prefix, items = self._mixed.encode(request.query, ks, request.texts)
         parts: list[Part] = []
         for k in sorted(set(ks)):
             places = [place for place, each in enumerate(ks) if each == k]

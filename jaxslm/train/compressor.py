@@ -21,12 +21,13 @@ from jaxslm.compress.encoder import (
     encoder_tokenizer_json,
 )
 from jaxslm.compress.projector import init_projector, pass_through_projector
-from jaxslm.compress.splice import text_of
+from jaxslm.compress.splice import MixedPrompt, text_of
 from jaxslm.config import CompressorConfig
 from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.depth import first_layers
+from jaxslm.prompt import Prompt
 from jaxslm.score.buckets import few_buckets
 from jaxslm.score.scorer import Ranker
 from jaxslm.train.compressor_data import CompressorBatches, CompressorItems, MixedLists
@@ -39,7 +40,7 @@ from jaxslm.train.compressor_step import (
     compressor_work,
 )
 from jaxslm.train.data import ranker_data
-from jaxslm.train.heldout import HeldOut
+from jaxslm.train.heldout import HeldOut, Readable
 from jaxslm.train.hosts import join_hosts
 from jaxslm.train.loop import Task, TrainResult, dtype_of, run
 from jaxslm.train.start import load_start
@@ -69,6 +70,7 @@ def train_compressor(settings: CompressorTraining, out: Path) -> TrainResult:
     mesh, dtype = make_mesh(), dtype_of(settings)
     start = load_start(settings, mesh)
     first = start_compressor(settings.compressor, settings.model, start, mesh)
+    held_out = HeldOut(settings.evaluation, readable_as_vectors(first, start.prompt, max(settings.chosen_ks)))
     data = ranker_data(settings.data, start.prompt)
     items = CompressorItems.of(data, first.config, ItemTokenizer(first.tokenizer_json))
     encoder = Encoding(start, first, dtype)
@@ -79,7 +81,6 @@ def train_compressor(settings: CompressorTraining, out: Path) -> TrainResult:
     ranker = Decoder(start.config.model, dtype, settings.remat)
     models = Models(start.config, first.config, ranker, Decoder(first.config.encoder, dtype, settings.remat))
     teacher = _teacher(settings, start, dtype, mesh)
-    held_out = HeldOut(settings.evaluation)
     task = Task(
         kind="compressor",
         start=start,
@@ -144,6 +145,19 @@ def start_compressor(settings: CompressorSettings, model: str, start: Checkpoint
         **own,
     )
     return StartingCompressor(config, params, None, tokenizer.decode())
+
+
+def readable_as_vectors(first: StartingCompressor, prompt: Prompt, k: int) -> Readable:
+    """Returns what raises InputError for an item without text, or a query that leaves no room for k vectors."""
+    config, tokenizer = first.config, ItemTokenizer(first.tokenizer_json)
+    mixed = MixedPrompt(prompt, config)
+
+    def readable(query: str, items: list[Item]) -> None:
+        tokenizer(items)
+        texts = [text_of(item, config.text_fields) for item in items] if config.text_fields else None
+        mixed.encode(query, [k] * len(items), texts)
+
+    return readable
 
 
 class Encoding:

@@ -22,7 +22,15 @@ from jaxslm.data_files import Item
 from jaxslm.errors import InputError
 from jaxslm.prompt import Prompt
 from jaxslm.train.data_settings import MAY_CHANGE, DataSettings, PairSettings, SourceSettings
-from jaxslm.train.lists import ListChooser, RankerLists, TokenList, TokenPair, TokenPairs, read_teacher_scores
+from jaxslm.train.lists import (
+    ListChooser,
+    RankerLists,
+    TokenList,
+    TokenPair,
+    TokenPairs,
+    read_teacher_scores,
+    tell_coverage,
+)
 from jaxslm.train.packing import Batch, collate_lists, collate_pairs, fill
 from jaxslm.train.sources import Encoder, Order, Queries, TrainingData, read_training_data
 
@@ -224,12 +232,13 @@ def ranker_batches(
 
     Raises:
         InputError: data that cannot be read or breaks a rule (`read_training_data`), a query longer than
-            `max_prefix_tokens`, shapes that the prompt cannot fill.
+            `max_prefix_tokens`, shapes that the prompt cannot fill, stored teacher scores of none of the judged pairs.
     """
     data = ranker_data(settings, prompt) if data is None else data
     teacher = None
     if settings.teacher_requests is not None and settings.teacher_scores is not None:
         teacher = read_teacher_scores(Path(settings.teacher_requests), Path(settings.teacher_scores))
+        tell_coverage(teacher, settings, host)
     scores = "" if teacher is None else hashlib.sha256(repr(teacher).encode()).hexdigest()
     order = Order(settings, len(data.queries), host, hosts)
     choose = ListChooser(settings, data.catalogue, data.judged_rows)

@@ -107,7 +107,7 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
     prompt, data = start.prompt, settings.data
     batches = pair_batches(data, prompt, host=jax.process_index(), hosts=jax.process_count())
     bi_encoder = BiEncoder(start.config.model, prompt, dtype, max_item_tokens=data.max_item_tokens)
-    held_out = HeldOut(settings.evaluation)
+    held_out = HeldOut(settings.evaluation, bi_encoder.check)
 
     def evaluate(params: Params) -> dict[str, float]:
         bi_encoder.load(params)

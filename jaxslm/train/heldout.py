@@ -1,34 +1,53 @@
 """The held-back queries of a run: nDCG@10 of a scoring function within BM25's candidates."""
 
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 from jaxslm.data_files import Item, Query, distinct_queries, items_by_id
-from jaxslm.evaluate.candidates import candidates
-from jaxslm.evaluate.metrics import has_relevant
-from jaxslm.evaluate.rerank import Score, evaluate_ranker, sample_queries
+from jaxslm.errors import InputError
+from jaxslm.evaluate.candidates import CandidateList, candidates
+from jaxslm.evaluate.rerank import Score, evaluate_ranker, naming, sample_queries, with_relevant
 from jaxslm.train.settings import EvaluationSettings
 from jaxslm.train.sources import read_source
 
+Readable = Callable[[str, list[Item]], object]
+"""(query text, items): raises InputError for what the model cannot read, as `Prompt.encode` does."""
+
 
 class HeldOut:
-    """Reads the files at once, so that a missing one is told before the first update. None: nothing to evaluate."""
+    """Reads and checks the data at once, so that what would end the first evaluation is told before the first update.
 
-    def __init__(self, settings: EvaluationSettings | None) -> None:
+    Attributes:
+        candidates: the items that `evaluate` has scored, each once; none without settings.
+    """
+
+    def __init__(self, settings: EvaluationSettings | None, readable: Readable) -> None:
+        """Args: settings: None if there is nothing to evaluate.
+
+        Raises:
+            InputError: the files break a rule, no query has a relevant item, a judged id is unknown, or a query with
+                its candidates is not `readable`; the message names the file.
+        """
         self._settings = settings
-        if settings is not None:
-            self._items = items_by_id(settings.items, read_source(settings.items, Item, streaming=False))
-            self._queries = distinct_queries(settings.queries, read_source(settings.queries, Query, streaming=False))
-
-    @cached_property
-    def candidates(self) -> list[Item]:
-        """The items that `evaluate` has scored, each once; none without settings."""
-        settings = self._settings
+        self.candidates: list[Item] = []
         if settings is None:
-            return []
-        eligible = [each for each in self._queries if has_relevant({judged.id: judged.label for judged in each.items})]
-        found = candidates(sample_queries(eligible, settings.limit), self._items, settings.k)
-        return [self._items[item_id] for item_id in dict.fromkeys(chain.from_iterable(each.ids for each in found))]
+            return
+        self._items = items_by_id(settings.items, read_source(settings.items, Item, streaming=False))
+        self._queries = distinct_queries(settings.queries, read_source(settings.queries, Query, streaming=False))
+        try:
+            chosen = sample_queries(with_relevant(self._queries), settings.limit)
+            lists = candidates(chosen, self._items, settings.k)
+            self._check(chosen, lists, readable)
+        except InputError as error:
+            raise InputError(f"{settings.queries}: {error}") from None
+        ids = dict.fromkeys(chain.from_iterable(each.ids for each in lists))
+        self.candidates = [self._items[item_id] for item_id in ids]
+
+    def _check(self, queries: Sequence[Query], lists: Sequence[CandidateList], readable: Readable) -> None:
+        for query, each in zip(queries, lists, strict=True):
+            items = [self._items[item_id] for item_id in each.ids]
+            with naming(query, items):
+                readable(query.query, items)
 
     def evaluate(self, score: Score) -> dict[str, float]:
         """Returns "ndcg_at_10", BM25's on the same candidates, and the 95 % interval of the difference."""

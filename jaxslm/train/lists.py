@@ -11,11 +11,12 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from jaxslm.data_files import Request, read_records
+from jaxslm.data_files import Query, Request, read_records
 from jaxslm.errors import InputError
 from jaxslm.evaluate.candidates import Bm25
+from jaxslm.progress import console
 from jaxslm.train.data_settings import DataSettings
-from jaxslm.train.sources import Catalogue, EncodedQuery, Order, Queries
+from jaxslm.train.sources import Catalogue, EncodedQuery, Order, Queries, read_source
 
 TeacherScores = dict[str, dict[str, float]]
 """Log-odds by the query's words, then by item id."""
@@ -205,3 +206,26 @@ def read_teacher_scores(requests: Path, scores: Path) -> TeacherScores:
                 raise InputError(f"{requests}: record {number}: a teacher's items need ids")
             by_id[item.id] = logit
     return found
+
+
+def tell_coverage(teacher: TeacherScores, settings: DataSettings, host: int) -> None:
+    """The first host says how many judged pairs of the training queries have a score, unless all have.
+
+    Reads the queries once more: streamed ones are not kept.
+
+    Raises:
+        InputError: none has one, so that the teacher would teach nothing: the scores are of other queries or ids.
+    """
+    pairs = scored = 0
+    for query in read_source(settings.queries, Query, streaming=settings.streaming):
+        known = teacher.get(query.query, {})
+        pairs += len(query.items)
+        scored += sum(judged.id in known for judged in query.items)
+    if not scored:
+        raise InputError(
+            f"{settings.teacher_requests}: holds none of the {pairs:,} judged pairs of {settings.queries}: each is"
+            " found by the query's words and the item's id"
+        )
+    if scored < pairs and host == 0:
+        line = f"{settings.teacher_requests}: holds {scored:,} of the {pairs:,} judged pairs of {settings.queries}"
+        console().print(line, markup=False, soft_wrap=True)

@@ -206,10 +206,10 @@ class _Loop:
             if stop or evaluate or self._is_due(settings.save_every):
                 self._account(pending, bar)
                 pending = None
+                self._save()  # first: an evaluation that fails loses no update
                 # A stopped run evaluates when it goes on, a finished one never does.
                 if evaluate and (not stop or self.step == settings.steps):
                     self._evaluate(bar)
-                self._save()
                 self._clock = time.perf_counter()
             if stop:
                 return

@@ -132,6 +132,7 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     join_hosts()
     mesh, dtype = make_mesh(), dtype_of(settings)
     start = load_start(settings, mesh)
+    held_out = HeldOut(settings.evaluation, start.prompt.encode)
     data = ranker_data(settings.data, start.prompt)
     if settings.comparison_layer:
         start = _with_comparison_layer(start, settings, data, mesh)
@@ -143,7 +144,6 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     batches = ranker_batches(
         settings.data, start.prompt, host=jax.process_index(), hosts=jax.process_count(), data=data
     )
-    held_out = HeldOut(settings.evaluation)
 
     def evaluate(params: Params) -> dict[str, float]:
         checkpoint = Checkpoint(start.manifest, params, start.tokenizer_files)
@@ -175,7 +175,8 @@ COMPARISON_ITEMS = 640
 
 def _with_comparison_layer(start: Checkpoint, settings: RankerTraining, data: TrainingData, mesh: Mesh) -> Checkpoint:
     """The start with `add_comparison_layer`, from the first lists of the first host's order."""
-    chosen = settings.data.model_copy(update={"workers": 0})
+    # It is set from the items alone, and their teacher is read with the batches that train.
+    chosen = settings.data.model_copy(update={"workers": 0, "teacher_requests": None, "teacher_scores": None})
     batches = ranker_batches(chosen, start.prompt, data=data)
     in_a_batch = settings.data.lists_per_batch * settings.data.items_per_list
     sample = list(itertools.islice(batches, -(-COMPARISON_ITEMS // in_a_batch)))

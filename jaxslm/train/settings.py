@@ -171,7 +171,8 @@ class RankerTraining(TrainingSettings):
 
     Attributes:
         comparison_layer: put one layer on top that starts by scoring as a contrastive stage does
-            (`jaxslm.train.comparison`); for a `model` from `jaxslm train encoder`.
+            (`jaxslm.train.comparison`); for a `model` of the Llama family from `jaxslm train encoder`: it needs
+            attention without q/k norm, so Qwen3 is refused.
     """
 
     comparison_layer: bool = False

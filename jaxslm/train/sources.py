@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from jaxslm.data_files import Item, Query, items_by_id, read_records
+from jaxslm.data_files import Item, Query, items_by_id, read_records, with_item_id
 from jaxslm.errors import InputError
 from jaxslm.train.data_settings import SourceSettings
 
@@ -232,7 +232,7 @@ def read_training_data(settings: SourceSettings, encoder: Encoder) -> TrainingDa
     kept: list[EncodedQuery] = []
     judged_rows = np.zeros(len(catalogue), bool)
     length = 0
-    for query in _checked_queries(settings, catalogue):
+    for query in checked_queries(settings, items):
         length += 1
         digest.update(query.model_dump_json().encode())
         judged_rows[[catalogue.row_of[judged.id] for judged in query.items]] = True
@@ -244,14 +244,14 @@ def read_training_data(settings: SourceSettings, encoder: Encoder) -> TrainingDa
     return TrainingData(catalogue, queries, np.flatnonzero(judged_rows).astype(np.int32), digest.hexdigest())
 
 
-def _checked_queries(settings: SourceSettings, catalogue: Catalogue) -> Iterator[Query]:
-    """Yields the queries; raises InputError on repeated query ids and unknown item ids."""
+def checked_queries(settings: SourceSettings, items: Collection[str]) -> Iterator[Query]:
+    """Yields the queries; raises InputError on repeated query ids and on item ids that are not in `items`."""
     ids: set[str] = set()
     for query in read_source(settings.queries, Query, streaming=settings.streaming):
         if query.query_id in ids:
             raise InputError(f"{settings.queries}: query id {query.query_id!r} appears twice")
         ids.add(query.query_id)
-        unknown = next((judged.id for judged in query.items if judged.id not in catalogue.row_of), None)
+        unknown = next((judged.id for judged in query.items if judged.id not in items), None)
         if unknown is not None:
             raise InputError(
                 f"{settings.queries}: query {query.query_id!r}: item {unknown!r} is not in {settings.items}"
@@ -263,10 +263,5 @@ def _encode_named(items: Sequence[Item], encoder: Encoder) -> list[list[int]]:
     """Encodes items; an error names the item's id in place of its number in the call."""
     try:
         return encoder.items(items)
-    except InputError:
-        for item in items:
-            try:
-                encoder.items([item])
-            except InputError as error:
-                raise InputError(f"item {item.id!r}: {str(error).removeprefix('item 0: ')}") from None
-        raise
+    except InputError as error:
+        raise InputError(with_item_id(error, items)) from None

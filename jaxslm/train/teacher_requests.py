@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxslm.atomic import new_file, refuse_existing
-from jaxslm.data_files import Item, Query, Request, RequestItem
+from jaxslm.data_files import Item, Request, RequestItem, items_by_id
 from jaxslm.errors import InputError
 from jaxslm.evaluate.candidates import Bm25
 from jaxslm.progress import progress
 from jaxslm.train.data_settings import DataSettings
-from jaxslm.train.sources import read_source
+from jaxslm.train.sources import checked_queries, read_source
 
 
 def write_teacher_requests(settings: DataSettings, out: Path) -> dict[str, Any]:
@@ -27,18 +27,16 @@ def write_teacher_requests(settings: DataSettings, out: Path) -> dict[str, Any]:
         The numbers of requests and items, as the command line prints them.
 
     Raises:
-        InputError: `out` exists, a file cannot be read or breaks a rule, or a query judges an unknown item.
+        InputError: `out` exists, or a file breaks a rule of `read_training_data`: a repeated id, an item without text,
+            a query that judges an unknown item.
     """
     refuse_existing(out)
-    items = {item.id: item for item in read_source(settings.items, Item, streaming=settings.streaming)}
-    queries = list(read_source(settings.queries, Query, streaming=settings.streaming))
+    items = items_by_id(settings.items, read_source(settings.items, Item, streaming=settings.streaming))
+    empty = next((item_id for item_id, item in items.items() if not _text(item)), None)
+    if empty is not None:
+        raise InputError(f"{settings.items}: item {empty!r}: has no text")
+    queries = list(checked_queries(settings, items))
     judged = {each.id for query in queries for each in query.items}
-    for query in queries:
-        unknown = next((each.id for each in query.items if each.id not in items), None)
-        if unknown is not None:
-            raise InputError(
-                f"{settings.queries}: query {query.query_id!r}: item {unknown!r} is not in {settings.items}"
-            )
     searched = settings.hard_negatives > 0 and settings.hard_negative_pool > 0
     bm25 = Bm25({item_id: item for item_id, item in items.items() if item_id in judged}) if searched else None
     pairs = 0

@@ -136,6 +136,18 @@ def test_fitted_buckets_load_again(tmp_path: Path) -> None:
     np.testing.assert_allclose(ranker.score(query, texts), load(checkpoint).score(query, texts), rtol=0, atol=1e-5)
 
 
+def test_buckets_are_fitted_to_requests_from_the_whole_file(tmp_path: Path) -> None:
+    traffic, checkpoint = tmp_path / "traffic.jsonl", tiny_checkpoint(tmp_path / "ckpt", tiny_config())
+    lines = ['{"query": "python", "items": [{"text": "a job"}]}'] * 60
+    traffic.write_text("\n".join(lines))
+    assert fit_buckets_to_file(checkpoint, traffic, tmp_path / "buckets.toml", count=1)["requests"] == 50
+    lines[59] = '{"query": "python", "items": [{"text": "x"}, {"id": "only-an-id"}]}'
+    traffic.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"traffic\.jsonl: request 60: item 1: has no text"):
+        fit_buckets_to_file(checkpoint, traffic, tmp_path / "other.toml")
+    assert not (tmp_path / "other.toml").exists()
+
+
 def test_vectors_are_random_and_of_the_tables_spread() -> None:
     (request,) = random_requests(LATENT, tiny_config(), 1)
     assert isinstance(request.vectors, np.ndarray)

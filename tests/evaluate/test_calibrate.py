@@ -112,7 +112,11 @@ def test_what_cannot_be_calibrated_leaves_nothing(folder: Path, calibrated: Any,
     ):
         with pytest.raises(InputError, match=message):
             calibrate_checkpoint(*options)
-    for plot, message in ((folder / "reliability.svg", "exists"), (tmp_path / "plot.pdf", "must end in .svg or .png")):
+    for plot, message in (
+        (folder / "reliability.svg", "exists"),
+        (tmp_path / "plot.pdf", "must end in .svg or .png"),
+        (folder / "dev.jsonl" / "plot.svg", "cannot create it"),
+    ):
         with pytest.raises(InputError, match=message):
             calibrate_checkpoint(ckpt, folder, tmp_path / "new", "dev", plot=plot)
     assert list(tmp_path.iterdir()) == []

@@ -72,13 +72,17 @@ def test_tau_to_a_reference_is_paired_by_query(data: Path, tmp_path: Path) -> No
         compare_run_files(data / "good.run", data / "random.run", data, "dev", tmp_path / "other.run")
 
 
-def test_runs_of_other_queries_are_refused(data: Path, tmp_path: Path) -> None:
+def test_runs_of_other_queries_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "few.run", {query: GOOD[query] for query in list(GOOD)[:5]})
     with pytest.raises(InputError, match="cover different queries: 7 only in the first"):
         compare_run_files(data / "good.run", tmp_path / "few.run", data, "dev")
     write_run(tmp_path / "other.run", {"elsewhere": {"i1": 1.0}})
-    with pytest.raises(InputError, match="none of the 0 queries"):
-        compare_run_files(tmp_path / "other.run", tmp_path / "other.run", data, "dev")
+    with pytest.raises(InputError, match=r"dev.jsonl: holds none of the 1 queries of .*other.run"):
+        compare_run_files(data / "good.run", tmp_path / "other.run", data, "dev")
+    write_run(tmp_path / "more.run", {**GOOD, "elsewhere": {"i1": 1.0}})
+    capsys.readouterr()
+    assert compare_run_files(tmp_path / "more.run", data / "good.run", data, "dev")["queries"] == 12
+    assert "dev.jsonl: lacks 1 of the 13 queries of " in capsys.readouterr().err
     with pytest.raises(InputError, match="no such file"):
         compare_run_files(tmp_path / "none.run", data / "good.run", data, "dev")
 
@@ -101,3 +105,25 @@ def test_a_checkpoint_is_evaluated_as_ranker_and_as_bi_encoder_on_one_list(data:
     assert compare_run_files(tmp_path / "text.run", tmp_path / "bi-encoder.run", data, "dev")["queries"] == 12
     with pytest.raises(InputError, match="max_item_tokens is the bi-encoder's"):
         evaluate_checkpoint(model, data, "dev", max_item_tokens=16)
+
+
+def test_a_run_that_cannot_be_written_is_told_before_anything_is_scored(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's name is the tag, whatever it is; an id with white space or a path below a file is refused."""
+    model = tiny_checkpoint(tmp_path / "my ckpt", tiny_config("llama", num_layers=1), template="yes-no")
+    for folder, out in ((model, tmp_path / "spaced.run"), (Path(), tmp_path / "here.run")):
+        monkeypatch.chdir(model)
+        assert evaluate_checkpoint(folder, data, "dev", limit=1, run_out=out)["rows"][-1]["name"] == "my ckpt"
+        assert out.read_text().split("\n")[0].endswith(" my-ckpt")
+    spaced = tmp_path / "data"
+    spaced.mkdir()
+    for name in ("items", "dev"):
+        content = (data / f"{name}.jsonl").read_text()
+        (spaced / f"{name}.jsonl").write_text(content.replace('"i3"', '"i 3"'))
+    monkeypatch.setattr("jaxslm.score.scorer.Ranker.log_odds", lambda *arguments: pytest.fail("must not score"))
+    with pytest.raises(InputError, match="item id 'i 3' is empty or holds white space"):
+        evaluate_checkpoint(model, spaced, "dev", run_out=tmp_path / "new.run")
+    with pytest.raises(InputError, match=r"cannot create it \(.*here.run is not a folder\)"):
+        evaluate_checkpoint(model, data, "dev", run_out=tmp_path / "here.run" / "new.run")
+    assert not (tmp_path / "new.run").exists()

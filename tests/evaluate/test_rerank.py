@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxslm.config import PromptConfig
 from jaxslm.data_files import Item, Judged, Query
 from jaxslm.errors import InputError
 from jaxslm.evaluate.rerank import evaluate_ranker, print_report, report_table, sample_queries
 from jaxslm.evaluate.trec import read_run, write_run
+from jaxslm.prompt import Prompt
+from tests.tiny import tiny_tokenizer_json
 
 WORDS = [f"w{n}" for n in range(30)]
 RANDOM = random.Random(0)
@@ -116,6 +119,21 @@ def test_bad_rankers_and_input() -> None:
         evaluate_ranker(oracle, QUERIES, ITEMS, limit=0)
     with pytest.raises(InputError, match="none of the 0 queries"):
         evaluate_ranker(oracle, [], ITEMS)
+
+
+def test_what_a_ranker_cannot_read_is_named() -> None:
+    prompt = Prompt(tiny_tokenizer_json(), PromptConfig(template="yes-no", max_tokens=300))
+
+    def read(query: str, items: list[Item]) -> np.ndarray:
+        prompt.encode(query, items)
+        return np.zeros(len(items))
+
+    empty = QUERIES[3].items[0].id
+    with pytest.raises(InputError, match=rf"^query 'q\d+': item '{empty}': has no text"):
+        evaluate_ranker(read, QUERIES, {**ITEMS, empty: Item(id=empty, text=" ")}, k=5)
+    long = QUERIES[7].model_copy(update={"query": "w1 " * 300})
+    with pytest.raises(InputError, match=r"^query 'q7': \d+ tokens leave no room"):
+        evaluate_ranker(read, [*QUERIES[:7], long], ITEMS, k=5)
 
 
 def test_a_constant_ranker_is_a_random_order() -> None:

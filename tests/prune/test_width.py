@@ -1,5 +1,6 @@
 """Layer by layer: Gram matrices over real tokens only, pruned inputs, and what comes out."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,10 @@ def test_calibration_files_that_break_a_rule(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             read_calibration(path, None, prompt(), max_tokens=100)
     queries, items = write_queries(tmp_path)
-    items.write_text(items.read_text().splitlines()[0])
+    content = items.read_text()
+    items.write_text(re.sub(r'"(title|text)": "[^"]*"', r'"\1": ""', content))
+    with pytest.raises(InputError, match=r"queries\.jsonl: request \d+: item 'i\d+': has no text"):
+        read_calibration(queries, items, prompt(), max_tokens=100)
+    items.write_text(content.splitlines()[0])
     with pytest.raises(InputError, match="is not among the items"):
         read_calibration(queries, items, prompt(), max_tokens=100)

@@ -58,7 +58,7 @@ def test_long_items_are_cut_and_encoded_fewer_at_a_time(monkeypatch: pytest.Monk
 def test_nothing_to_encode_is_refused() -> None:
     scorer = BiEncoder(CONFIG.model, PROMPT, jnp.dtype("float32"), max_item_tokens=12)
     scorer.load(tiny_params(CONFIG.model))
-    with pytest.raises(InputError, match="item 1: has no text"):
+    with pytest.raises(InputError, match="item 'b': has no text"):
         scorer.score("python", [Item(id="a", text="x"), Item(id="b", title=" ", text="")])
     with pytest.raises(InputError, match="query: must not be empty"):
         scorer.score(" ", [Item(id="a", text="x")])

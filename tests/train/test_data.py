@@ -203,7 +203,8 @@ def test_a_state_of_other_teacher_scores_is_refused(folder: Path, tmp_path: Path
 
     def taught(name: str, logit: float) -> BatchIterator[Any]:
         requests, scores = tmp_path / f"{name}-requests.jsonl", tmp_path / f"{name}-scores.jsonl"
-        write_lines(requests, [{"query": "python 0", "items": [{"id": "i0", "text": "a"}]}])
+        query = queries_by_id(folder)[0]
+        write_lines(requests, [{"query": query["query"], "items": [{"id": query["items"][0]["id"], "text": "a"}]}])
         write_lines(scores, [{"scores": [0.5], "logits": [logit], "truncated": [False]}])
         return ranker(folder, teacher_requests=str(requests), teacher_scores=str(scores))
 

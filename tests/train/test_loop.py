@@ -109,6 +109,20 @@ def test_the_result_is_of_the_best_evaluation(toy: Path, tmp_path: Path, monkeyp
     assert not np.array_equal(best["final_norm"]["scale"], last["final_norm"]["scale"])
 
 
+def test_an_evaluation_that_fails_loses_no_update(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    one_device(monkeypatch)
+    settings = toy_ranker(toy, *SHORT, "save_every=100")
+    assert train_ranker(settings, tmp_path / "whole").finished
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxslm.train.ranker.Ranker.log_odds", lambda *arguments: np.full(1, np.nan))
+        with pytest.raises(InputError, match="query 'dev-"):
+            train_ranker(settings, tmp_path / "parts")
+    assert train_ranker(settings, tmp_path / "parts").finished
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
+    assert [line["step"] for line in log_of(tmp_path / "parts") if "loss" in line] == [*range(1, 7)]
+    assert evaluations_of(tmp_path / "whole") == evaluations_of(tmp_path / "parts")
+
+
 def assert_padding_and_speed_are_told(settings: RankerTraining, out: Path) -> None:
     start = load_start(settings, step.make_mesh(jax.devices()[:1]))
     batches = ranker_batches(settings.data, start.prompt)

@@ -14,6 +14,8 @@ from jaxslm.train.heldout import HeldOut
 from jaxslm.train.settings import EvaluationSettings
 from tests.train.graded import (
     JUDGED,
+    PROMPT,
+    QUERIES,
     assert_same,
     expected_rows,
     pairs,
@@ -66,12 +68,34 @@ def test_evaluation_reads_the_same_sources(folder: Path, tmp_path: Path, monkeyp
     paths = {"items": str(folder / "items.jsonl"), "queries": str(folder / "queries.parquet")}
     hub = {"items": "hf://owner/items/train", "queries": "hf://owner/queries/train"}
     local, remote = (
-        HeldOut(validate(EvaluationSettings, {"every": 1, "k": 3} | where, "test")).candidates for where in (paths, hub)
+        HeldOut(validate(EvaluationSettings, {"every": 1, "k": 3} | where, "test"), PROMPT.encode).candidates
+        for where in (paths, hub)
     )
     assert local == remote
     assert len(local) > JUDGED
+    absent = {"every": 1} | hub | {"items": "hf://owner/items/absent"}
     with pytest.raises(InputError, match=r"hf://owner/items/absent: cannot be loaded"):
-        HeldOut(validate(EvaluationSettings, {"every": 1} | hub | {"items": "hf://owner/items/absent"}, "test"))
+        HeldOut(validate(EvaluationSettings, absent, "test"), PROMPT.encode)
+
+
+@pytest.mark.parametrize(
+    ("item", "query", "message"),
+    [
+        ({"text": " "}, {}, "query 'q': item 'a': has no text"),
+        ({}, {"items": [{"id": "nobody", "label": 1.0}]}, "query 'q': judged item 'nobody' is not among the items"),
+        ({}, {"query": "python " * 3000}, r"query 'q': \d+ tokens leave no room for an item"),
+        ({}, {"items": [{"id": "a", "label": 0.5}]}, "none of the 1 queries has a relevant judged item"),
+    ],
+)
+def test_held_out_data_is_checked_before_training(
+    tmp_path: Path, item: dict[str, Any], query: dict[str, Any], message: str
+) -> None:
+    write_lines(tmp_path / "items.jsonl", [{"id": "a", "text": "python"} | item])
+    good = {"query_id": "q", "query": "python", "items": [{"id": "a", "label": 1.0}]}
+    write_lines(tmp_path / "dev.jsonl", [good | query])
+    paths = {"every": 1, "items": str(tmp_path / "items.jsonl"), "queries": str(tmp_path / "dev.jsonl")}
+    with pytest.raises(InputError, match=rf"dev\.jsonl: {message}"):
+        HeldOut(validate(EvaluationSettings, paths, "test"), PROMPT.encode)
 
 
 @pytest.mark.parametrize("name", ["nobody/none", "owner/a.name/train"])
@@ -139,6 +163,25 @@ def test_stored_teacher_scores(folder: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "scores.jsonl", [{"scores": [0.5], "logits": [1.0]}])
     with pytest.raises(InputError, match=r"scores.jsonl: has 1 lines, .*requests.jsonl has 22"):
         ranker(folder, **paths)
+
+
+def test_stored_scores_of_few_pairs_are_told_and_of_none_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths: dict[str, Any] = {
+        name: str(tmp_path / f"{name[8:]}.jsonl") for name in ("teacher_requests", "teacher_scores")
+    }
+    write_lines(tmp_path / "scores.jsonl", [{"logits": [1.0]}])
+    query = queries_by_id(folder)[0]
+    item = {"id": query["items"][0]["id"], "text": "?"}
+    write_lines(tmp_path / "requests.jsonl", [{"query": query["query"], "items": [item]}])
+    ranker(folder, **paths)
+    ranker(folder, host=1, hosts=2, **paths)
+    assert capsys.readouterr().err.count(f"requests.jsonl: holds 1 of the {QUERIES * JUDGED} judged pairs of ") == 1
+    for words, other in (("another query", item), (query["query"], item | {"id": "renamed"})):
+        write_lines(tmp_path / "requests.jsonl", [{"query": words, "items": [other]}])
+        with pytest.raises(InputError, match=r"requests.jsonl: holds none of the 276 judged pairs of .*queries.jsonl"):
+            ranker(folder, **paths)
 
 
 @pytest.mark.parametrize(

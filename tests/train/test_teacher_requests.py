@@ -60,4 +60,12 @@ def test_what_cannot_be_written(folder: Path, tmp_path: Path) -> None:
     queries.write_text('{"query_id": "q", "query": "x", "items": [{"id": "nobody", "label": 1.0}]}\n')
     with pytest.raises(InputError, match="query 'q': item 'nobody' is not in"):
         write_teacher_requests(ranker_settings(folder, queries=str(queries)), tmp_path / "new")
+    queries.write_text('{"query_id": "q", "query": "x", "items": [{"id": "i1", "label": 1.0}]}\n' * 2)
+    with pytest.raises(InputError, match="query id 'q' appears twice"):
+        write_teacher_requests(ranker_settings(folder, queries=str(queries)), tmp_path / "new")
+    items = tmp_path / "items.jsonl"
+    for more, message in (('{"id": "i1", "text": "x"}', "'i1' appears twice"), ('{"id": "x", "text": " "}', "no text")):
+        items.write_text((folder / "items.jsonl").read_text() + more)
+        with pytest.raises(InputError, match=message):
+            write_teacher_requests(ranker_settings(folder, items=str(items)), tmp_path / "new")
     assert not (tmp_path / "new").exists()
