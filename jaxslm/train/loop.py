@@ -192,10 +192,11 @@ class _Loop:
         pending: _Update | None = None
         self._evaluate_what_a_stop_left_out(bar)
         while self.step < settings.steps:
+            position = self._task.batches.get_state()
             parts = self._next_parts()
             if parts is None:
                 self._account(pending, bar)
-                self._save()
+                self._save(position)  # with more epochs the update begins anew, and none of its parts is lost
                 raise InputError(f"data: ended after {self.step} of {settings.steps} updates: raise data.epochs")
             update = self._update(parts)
             # The previous update's numbers are read only now, so that the device never waits for the host.
@@ -209,7 +210,7 @@ class _Loop:
                 # A stopped run evaluates when it goes on, a finished one never does.
                 if evaluate and (not stop or self.step == settings.steps):
                     self._evaluate(bar)
-                self._save()
+                self._save(self._task.batches.get_state())
                 self._clock = time.perf_counter()
             if stop:
                 return
@@ -281,8 +282,8 @@ class _Loop:
         self._log.write(self.step, numbers)  # after the save: what the log holds is not evaluated again
         bar.evaluated(numbers[METRIC])
 
-    def _save(self) -> None:
-        self._snapshots.save(self.step, self._state, from_all_hosts(self._task.batches.get_state()))
+    def _save(self, position: dict[str, Any]) -> None:
+        self._snapshots.save(self.step, self._state, from_all_hosts(position))
 
     def _whole(self, trainable: Params) -> Params:
         """Joined parameters on one local device."""

@@ -256,6 +256,15 @@ def test_data_that_ends_early_is_told(toy: Path, tmp_path: Path, monkeypatch: An
     assert train_ranker(toy_ranker(toy, "data.epochs=2", *shape), tmp_path / "out").finished
 
 
+def test_data_that_ends_within_an_update_is_all_used(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """15 updates of 8 lists are two epochs of 60, so none may be lost to the eighth update, which the end cut short."""
+    one_device(monkeypatch)
+    shape = ("steps=15", "evaluation.every=15", "layers=1", "remat=false", "optimiser.accumulate=4")
+    with pytest.raises(InputError, match=r"data: ended after 7 of 15 updates"):
+        train_ranker(toy_ranker(toy, "data.epochs=1", *shape), tmp_path / "out")
+    assert train_ranker(toy_ranker(toy, "data.epochs=2", *shape), tmp_path / "out").finished
+
+
 @pytest.mark.slow
 def test_teacher_on_the_fly(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """A student that only sees a teacher comes nearer to it; a teacher with another prompt is refused."""
