@@ -36,6 +36,7 @@ from jaxslm.train.compressor_step import (
     compressor_loss,
     compressor_optimiser,
     compressor_partition,
+    compressor_rates,
     compressor_work,
 )
 from jaxslm.train.data import ranker_data
@@ -97,6 +98,7 @@ def train_compressor(settings: CompressorTraining, out: Path) -> TrainResult:
         evaluate=lambda params: encoder.evaluate(params, held_out, settings.chosen_ks),
         partition=partition,
         optimiser=compressor_optimiser(settings),
+        rates=compressor_rates(settings, "projector"),
         save=lambda path, params, metrics: _save(path, start, first, params, metrics),
         dtype=dtype,
         mesh=mesh,

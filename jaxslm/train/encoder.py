@@ -36,6 +36,7 @@ from jaxslm.train.step import (
     Batch,
     LossFn,
     gather,
+    learning_rates,
     make_mesh,
     make_optimiser,
     mean_of_items,
@@ -108,6 +109,7 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
     batches = pair_batches(data, prompt, host=jax.process_index(), hosts=jax.process_count())
     bi_encoder = BiEncoder(start.config.model, prompt, dtype, max_item_tokens=data.max_item_tokens)
     held_out = HeldOut(settings.evaluation)
+    rates = learning_rates(settings.optimiser, settings.steps)
 
     def evaluate(params: Params) -> dict[str, float]:
         bi_encoder.load(params)
@@ -123,7 +125,8 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
         partition=partition_of(
             start.config, freeze_embeddings=settings.freeze_embeddings, train_layers=settings.train_layers
         ),
-        optimiser=make_optimiser(settings.optimiser, settings.steps),
+        optimiser=make_optimiser(settings.optimiser, rates),
+        rates=rates,
         save=saver(start, "encoder"),
         dtype=dtype,
         mesh=mesh,

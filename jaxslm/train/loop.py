@@ -43,7 +43,6 @@ from jaxslm.train.step import (
     StepFn,
     abstract_state,
     init_state,
-    learning_rates,
     make_step,
     put_batch,
 )
@@ -72,7 +71,7 @@ class Task:
     Attributes:
         kind: "ranker", "encoder" or "compressor". start: the model before the first update.
         params: all parameters before the first update, `start.params` if None. partition: which of them train.
-        optimiser: what updates those.
+        optimiser: what updates those. rates: its learning rate by update, as the log tells it.
         work: of one of this host's batches.
         evaluate: whole parameters on one device -> numbers by name, "ndcg_at_10" among them; called when the settings
             have an `evaluation`.
@@ -88,6 +87,7 @@ class Task:
     evaluate: Evaluate
     partition: Partition
     optimiser: optax.GradientTransformation
+    rates: optax.Schedule
     save: Save
     dtype: jnp.dtype
     mesh: Mesh
@@ -171,7 +171,6 @@ class _Loop:
         self._state = self._restore() or init_state(trainable, optimiser, mesh)
         self._frozen: Frozen = {"tables": jax.device_put(tables, NamedSharding(mesh, P())), "teacher": task.teacher}
         self._step_fn: StepFn = make_step(task.loss_fn, optimiser, mesh)
-        self._rates: optax.Schedule = learning_rates(settings.optimiser, settings.steps)
         self.step = int(self._state["step"])
         self._log = RunLog(folder, self.step, tensorboard=settings.tensorboard)
         self._ceiling = _ceiling_of(task.dtype) * mesh.size
@@ -237,7 +236,7 @@ class _Loop:
 
     def _update(self, parts: list[dict[str, np.ndarray]]) -> "_Update":
         list_ids = np.concatenate([part.pop("list_ids").reshape(-1) for part in parts])
-        work, rate = total(map(self._task.work, parts)), float(self._rates(self.step))
+        work, rate = total(map(self._task.work, parts)), float(self._task.rates(self.step))
         batch = put_batch(parts, self._settings.optimiser.accumulate, self._task.mesh)
         self._state, metrics = self._step_fn(self._state, self._frozen, batch)
         self.step += 1

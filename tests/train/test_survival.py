@@ -124,7 +124,8 @@ def saved_step(settings: RankerTraining, out: Path) -> int:
     mesh = step.make_mesh(jax.devices()[:1])
     start = load_start(settings, mesh)
     trainable, _ = split_params(start.params, start.config, freeze_embeddings=settings.freeze_embeddings)
-    abstract = step.abstract_state(trainable, step.make_optimiser(settings.optimiser, settings.steps))
+    rates = step.learning_rates(settings.optimiser, settings.steps)
+    abstract = step.abstract_state(trainable, step.make_optimiser(settings.optimiser, rates))
     with Snapshots(training_folder(out), mesh) as snapshots:
         state, positions = snapshots.restore(abstract)
         assert len(positions) == 1
