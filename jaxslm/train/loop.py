@@ -5,6 +5,7 @@ on from the last save, with the batches that an uninterrupted run would have see
 appears, made from the best evaluation (from the last update without `evaluation`), and only the log stays behind.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxslm.atomic import cannot_write, new_file, refuse_existing
-from jaxslm.checkpoint import Checkpoint, save_checkpoint
+from jaxslm.checkpoint import Checkpoint, load_manifest, save_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.score.ceiling import matmul_ceiling
@@ -310,12 +311,18 @@ class _Update:
     rate: float
 
 
+CHECKPOINTS = ("teacher.checkpoint", "compressor.encoder", "compressor.start")
+"""Settings that name what a run reads beside its start; a resumed run must find the same there."""
+
+
 def _claim(folder: Path, task: Task, settings: TrainingSettings) -> None:
     """Makes the training folder, or checks that it belongs to this run. The first host does it for all."""
     if jax.process_index() > 0:
         return
+    named = _flat(settings.model_dump(mode="json"))
+    hashes = {f"{name}_sha256": _sha256(Path(named[name])) for name in CHECKPOINTS if named.get(name) is not None}
     model = task.start.manifest.params_sha256
-    ours = {"kind": task.kind, "model_sha256": model, **settings.model_dump(mode="json")}
+    ours = {"kind": task.kind, "model_sha256": model, **hashes, **settings.model_dump(mode="json")}
     path = folder / "settings.json"
     if not path.exists():
         with new_file(path) as staging:
@@ -323,12 +330,22 @@ def _claim(folder: Path, task: Task, settings: TrainingSettings) -> None:
         return
     former, now = (_flat(tree) for tree in (json.loads(path.read_text(encoding="utf-8")), ours))
     may_change = {"save_every", "tensorboard", *(f"data.{name}" for name in MAY_CHANGE)}
+    may_change |= hashes.keys() - former.keys()  # begun by a release that did not write them
     for name in sorted((former.keys() | now.keys()) - may_change):
         if former.get(name) != now.get(name):
             raise InputError(
                 f"{folder}: was begun with another {name} ({former.get(name)!r}, now {now.get(name)!r}):"
                 " go on with the former settings, name another output, or remove the folder"
             )
+
+
+def _sha256(checkpoint: Path) -> str:
+    """Hash of all that decides what a checkpoint computes; not of where it came from or its metrics."""
+    names = ("params_sha256", "tokenizer_sha256", "template_sha256", "ranker", "compressor")
+    wanted: dict[str, Any] = {**dict.fromkeys(names, True), "extra": {"__all__": {"sha256"}}}
+    # Without defaults: a field that a later release adds leaves the hash as it is.
+    what = load_manifest(checkpoint).model_dump_json(include=wanted, exclude_defaults=True)
+    return hashlib.sha256(what.encode()).hexdigest()
 
 
 def _flat(tree: Mapping[str, Any], within: str = "") -> dict[str, Any]:

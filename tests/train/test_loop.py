@@ -227,6 +227,30 @@ def test_another_run_in_the_same_place_is_refused(toy: Path, tmp_path: Path, mon
         train_ranker(toy_ranker(toy, *SHORT), out)
 
 
+def test_a_run_goes_on_with_the_teacher_that_it_began_with(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Another one at the same path is refused; a run that an earlier release began does not know its own."""
+    one_device(monkeypatch)
+    prompt = {"template": "yes-no", "instruction": "Match", "max_tokens": 192}
+    teacher, other = (
+        tiny_checkpoint(tmp_path / name, tiny_config("llama", num_layers=1), seed=seed, **prompt)
+        for seed, name in enumerate(("teacher", "other"), start=1)
+    )
+    out = tmp_path / "out"
+    settings = toy_ranker(toy, *SHORT, f"teacher.checkpoint={teacher}", "losses.distillation=1.0")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        train_ranker(settings, out)
+    shutil.rmtree(teacher)
+    other.rename(teacher)
+    with pytest.raises(InputError, match=r"out.training: was begun with another teacher.checkpoint_sha256 \('"):
+        train_ranker(settings, out)
+    recorded = training_folder(out) / "settings.json"
+    known = json.loads(recorded.read_text())
+    del known["teacher.checkpoint_sha256"]
+    recorded.write_text(json.dumps(known))
+    assert train_ranker(settings, out).finished
+
+
 def test_what_does_not_decide_the_batches_may_change(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """How often it saves, and where the data lies; the data itself may not."""
     one_device(monkeypatch)
