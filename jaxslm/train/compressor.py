@@ -96,6 +96,7 @@ def train_compressor(settings: CompressorTraining, out: Path) -> TrainResult:
         ),
         work=lambda batch: compressor_work(models, batch),
         evaluate=lambda params: encoder.evaluate(params, held_out, settings.chosen_ks),
+        evaluation_sha256=held_out.sha256,
         partition=partition,
         optimiser=compressor_optimiser(settings),
         rates=compressor_rates(settings, "projector"),

@@ -122,6 +122,7 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
         batches=batches,
         work=lambda batch: pair_work(start.config.model, batch, settings.train_layers),
         evaluate=evaluate,
+        evaluation_sha256=held_out.sha256,
         partition=partition_of(
             start.config, freeze_embeddings=settings.freeze_embeddings, train_layers=settings.train_layers
         ),

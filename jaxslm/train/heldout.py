@@ -1,5 +1,6 @@
 """The held-back queries of a run: nDCG@10 of a scoring function within BM25's candidates."""
 
+import hashlib
 from functools import cached_property
 from itertools import chain
 
@@ -19,6 +20,15 @@ class HeldOut:
         if settings is not None:
             self._items = items_by_id(settings.items, read_source(settings.items, Item, streaming=False))
             self._queries = distinct_queries(settings.queries, read_source(settings.queries, Query, streaming=False))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the items and queries; of nothing without settings."""
+        digest = hashlib.sha256()
+        if self._settings is not None:
+            for record in chain(self._items.values(), self._queries):
+                digest.update(record.model_dump_json().encode())
+        return digest.hexdigest()
 
     @cached_property
     def candidates(self) -> list[Item]:

@@ -75,7 +75,7 @@ class Task:
         optimiser: what updates those. rates: its learning rate by update, as the log tells it.
         work: of one of this host's batches.
         evaluate: whole parameters on one device -> numbers by name, "ndcg_at_10" among them; called when the settings
-            have an `evaluation`.
+            have an `evaluation`. evaluation_sha256: of the data that it reads.
         save: (path, whole parameters, metrics): writes the checkpoint.
         teacher: parameters of a teacher, or empty.
     """
@@ -86,6 +86,7 @@ class Task:
     batches: Batches
     work: Callable[[Mapping[str, np.ndarray]], Work]
     evaluate: Evaluate
+    evaluation_sha256: str
     partition: Partition
     optimiser: optax.GradientTransformation
     rates: optax.Schedule
@@ -321,6 +322,7 @@ def _claim(folder: Path, task: Task, settings: TrainingSettings) -> None:
         return
     named = _flat(settings.model_dump(mode="json"))
     hashes = {f"{name}_sha256": _sha256(Path(named[name])) for name in CHECKPOINTS if named.get(name) is not None}
+    hashes["evaluation_sha256"] = task.evaluation_sha256  # the best so far is compared with numbers on the same data
     model = task.start.manifest.params_sha256
     ours = {"kind": task.kind, "model_sha256": model, **hashes, **settings.model_dump(mode="json")}
     path = folder / "settings.json"

@@ -214,17 +214,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_queries(
 
 def test_another_run_in_the_same_place_is_refused(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     one_device(monkeypatch)
-    out = tmp_path / "out"
+    copy, out = shutil.copytree(toy, tmp_path / "toy"), tmp_path / "out"
     with monkeypatch.context() as patched:
         stop_after(patched, 1)
-        train_ranker(toy_ranker(toy, *SHORT), out)
+        train_ranker(toy_ranker(copy, *SHORT), out)
     with pytest.raises(InputError, match=r"out.training: was begun with another steps \(6, now 7\)"):
-        train_ranker(toy_ranker(toy, *SHORT, "steps=7"), out)
+        train_ranker(toy_ranker(copy, *SHORT, "steps=7"), out)
     with pytest.raises(InputError, match=r"another optimiser.learning_rate \(0.003, now 0.5\): go on with"):
-        train_ranker(toy_ranker(toy, *SHORT, "optimiser.learning_rate=0.5"), out)
+        train_ranker(toy_ranker(copy, *SHORT, "optimiser.learning_rate=0.5"), out)
+    held_out = (copy / "dev.jsonl").read_text()
+    (copy / "dev.jsonl").write_text(held_out.replace("red", "blue", 1))
+    with pytest.raises(InputError, match=r"another evaluation_sha256 \('"):
+        train_ranker(toy_ranker(copy, *SHORT), out)
     out.mkdir()
     with pytest.raises(InputError, match="exists"):
-        train_ranker(toy_ranker(toy, *SHORT), out)
+        train_ranker(toy_ranker(copy, *SHORT), out)
 
 
 def test_a_run_goes_on_with_the_teacher_that_it_began_with(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
