@@ -37,6 +37,7 @@ from jaxslm.train.compressor_step import (
     compressor_loss,
     compressor_optimiser,
     compressor_partition,
+    compressor_rates,
     compressor_work,
 )
 from jaxslm.train.data import ranker_data
@@ -96,8 +97,10 @@ def train_compressor(settings: CompressorTraining, out: Path) -> TrainResult:
         ),
         work=lambda batch: compressor_work(models, batch),
         evaluate=lambda params: encoder.evaluate(params, held_out, settings.chosen_ks),
+        evaluation_sha256=held_out.sha256,
         partition=partition,
         optimiser=compressor_optimiser(settings),
+        rates=compressor_rates(settings, "projector"),
         save=lambda path, params, metrics: _save(path, start, first, params, metrics),
         dtype=dtype,
         mesh=mesh,

@@ -192,17 +192,20 @@ def compressor_partition(settings: CompressorTraining, config: RankerConfig) -> 
     return Partition(split, join)
 
 
-def compressor_optimiser(settings: CompressorTraining) -> optax.GradientTransformation:
-    """Returns clipping, then AdamW with a schedule per part; it decays layers' matrices, label rows have their rate."""
+def compressor_rates(settings: CompressorTraining, part: str) -> optax.Schedule:
+    """Returns the schedule of "projector", "encoder" or "ranker": the first updates are the projector's alone."""
     optimiser, curriculum = settings.optimiser, settings.curriculum
+    factors = {"projector": 1.0, "encoder": optimiser.encoder_factor, "ranker": optimiser.ranker_factor}
     warm_up = curriculum.projector_steps
     joint = learning_rates(optimiser, settings.steps - warm_up)
+    first = curriculum.projector_rate if part == "projector" else 0.0
+    later = lambda step: factors[part] * joint(step)  # noqa: E731
+    return optax.join_schedules([optax.constant_schedule(first), later], [warm_up]) if warm_up else later
 
-    def rate_of(part: str) -> optax.Schedule:
-        factors = {"projector": 1.0, "encoder": optimiser.encoder_factor, "ranker": optimiser.ranker_factor}
-        first = curriculum.projector_rate if part == "projector" else 0.0
-        later = lambda step: factors[part] * joint(step)  # noqa: E731
-        return optax.join_schedules([optax.constant_schedule(first), later], [warm_up]) if warm_up else later
+
+def compressor_optimiser(settings: CompressorTraining) -> optax.GradientTransformation:
+    """Returns clipping, then AdamW by `compressor_rates`; it decays layers' matrices, label rows have their rate."""
+    optimiser = settings.optimiser
 
     def keys(path: tuple[jax.tree_util.DictKey, ...]) -> list[str]:
         return [str(key.key) for key in path]
@@ -217,7 +220,7 @@ def compressor_optimiser(settings: CompressorTraining) -> optax.GradientTransfor
 
     parts = {
         part: optax.chain(
-            optax.adamw(rate_of(part), b2=0.95, weight_decay=optimiser.weight_decay, mask=decays),
+            optax.adamw(compressor_rates(settings, part), b2=0.95, weight_decay=optimiser.weight_decay, mask=decays),
             optax.masked(optax.scale(optimiser.label_head_factor), is_label_rows),
         )
         for part in ("projector", "encoder", "ranker")

@@ -36,6 +36,7 @@ from jaxslm.train.step import (
     Batch,
     LossFn,
     gather,
+    learning_rates,
     make_mesh,
     make_optimiser,
     mean_of_items,
@@ -108,6 +109,7 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
     batches = pair_batches(data, prompt, host=jax.process_index(), hosts=jax.process_count())
     bi_encoder = BiEncoder(start.config.model, prompt, dtype, max_item_tokens=data.max_item_tokens)
     held_out = HeldOut(settings.evaluation, bi_encoder.check)
+    rates = learning_rates(settings.optimiser, settings.steps)
 
     def evaluate(params: Params) -> dict[str, float]:
         bi_encoder.load(params)
@@ -120,10 +122,12 @@ def train_encoder(settings: EncoderTraining, out: Path) -> TrainResult:
         batches=batches,
         work=lambda batch: pair_work(start.config.model, batch, settings.train_layers),
         evaluate=evaluate,
+        evaluation_sha256=held_out.sha256,
         partition=partition_of(
             start.config, freeze_embeddings=settings.freeze_embeddings, train_layers=settings.train_layers
         ),
-        optimiser=make_optimiser(settings.optimiser, settings.steps),
+        optimiser=make_optimiser(settings.optimiser, rates),
+        rates=rates,
         save=saver(start, "encoder"),
         dtype=dtype,
         mesh=mesh,

@@ -1,5 +1,6 @@
 """The held-back queries of a run: nDCG@10 of a scoring function within BM25's candidates."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -42,6 +43,15 @@ class HeldOut:
             raise InputError(f"{settings.queries}: {error}") from None
         ids = dict.fromkeys(chain.from_iterable(each.ids for each in lists))
         self.candidates = [self._items[item_id] for item_id in ids]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the items and queries; of nothing without settings."""
+        digest = hashlib.sha256()
+        if self._settings is not None:
+            for record in chain(self._items.values(), self._queries):
+                digest.update(record.model_dump_json().encode())
+        return digest.hexdigest()
 
     def _check(self, queries: Sequence[Query], lists: Sequence[CandidateList], readable: Readable) -> None:
         for query, each in zip(queries, lists, strict=True):

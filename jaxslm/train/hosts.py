@@ -9,8 +9,6 @@ import numpy as np
 
 from jaxslm.errors import InputError
 
-_STATE_BYTES = 1 << 16
-
 
 def join_hosts() -> None:
     """Joins the hosts of a run when JAX_COORDINATOR_ADDRESS (host:port) is set, before anything touches a device.
@@ -38,7 +36,7 @@ def from_all_hosts(value: Any) -> list[Any]:
     from jax.experimental import multihost_utils
 
     text = json.dumps(value).encode()
-    if len(text) >= _STATE_BYTES:
-        raise ValueError(f"a host's value has {len(text)} bytes, at most {_STATE_BYTES - 1} can be told")
-    padded = np.frombuffer(text.ljust(_STATE_BYTES), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    size = 1 << (longest - 1).bit_length()  # every size is a program of its own: powers of two are few
+    padded = np.frombuffer(text.ljust(size), np.uint8)
     return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]

@@ -5,6 +5,7 @@ on from the last save, with the batches that an uninterrupted run would have see
 appears, made from the best evaluation (from the last update without `evaluation`), and only the log stays behind.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxslm.atomic import cannot_write, new_file, refuse_existing
-from jaxslm.checkpoint import Checkpoint, save_checkpoint
+from jaxslm.checkpoint import Checkpoint, load_manifest, save_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.model.decoder import Params
 from jaxslm.score.ceiling import matmul_ceiling
@@ -43,7 +44,6 @@ from jaxslm.train.step import (
     StepFn,
     abstract_state,
     init_state,
-    learning_rates,
     make_step,
     put_batch,
 )
@@ -72,10 +72,10 @@ class Task:
     Attributes:
         kind: "ranker", "encoder" or "compressor". start: the model before the first update.
         params: all parameters before the first update, `start.params` if None. partition: which of them train.
-        optimiser: what updates those.
+        optimiser: what updates those. rates: its learning rate by update, as the log tells it.
         work: of one of this host's batches.
         evaluate: whole parameters on one device -> numbers by name, "ndcg_at_10" among them; called when the settings
-            have an `evaluation`.
+            have an `evaluation`. evaluation_sha256: of the data that it reads.
         save: (path, whole parameters, metrics): writes the checkpoint.
         teacher: parameters of a teacher, or empty.
     """
@@ -86,8 +86,10 @@ class Task:
     batches: Batches
     work: Callable[[Mapping[str, np.ndarray]], Work]
     evaluate: Evaluate
+    evaluation_sha256: str
     partition: Partition
     optimiser: optax.GradientTransformation
+    rates: optax.Schedule
     save: Save
     dtype: jnp.dtype
     mesh: Mesh
@@ -171,7 +173,6 @@ class _Loop:
         self._state = self._restore() or init_state(trainable, optimiser, mesh)
         self._frozen: Frozen = {"tables": jax.device_put(tables, NamedSharding(mesh, P())), "teacher": task.teacher}
         self._step_fn: StepFn = make_step(task.loss_fn, optimiser, mesh)
-        self._rates: optax.Schedule = learning_rates(settings.optimiser, settings.steps)
         self.step = int(self._state["step"])
         self._log = RunLog(folder, self.step, tensorboard=settings.tensorboard)
         self._ceiling = _ceiling_of(task.dtype) * mesh.size
@@ -192,10 +193,11 @@ class _Loop:
         pending: _Update | None = None
         self._evaluate_what_a_stop_left_out(bar)
         while self.step < settings.steps:
+            position = self._task.batches.get_state()
             parts = self._next_parts()
             if parts is None:
                 self._account(pending, bar)
-                self._save()
+                self._save(position)  # with more epochs the update begins anew, and none of its parts is lost
                 raise InputError(f"data: ended after {self.step} of {settings.steps} updates: raise data.epochs")
             update = self._update(parts)
             # The previous update's numbers are read only now, so that the device never waits for the host.
@@ -206,7 +208,7 @@ class _Loop:
             if stop or evaluate or self._is_due(settings.save_every):
                 self._account(pending, bar)
                 pending = None
-                self._save()  # first: an evaluation that fails loses no update
+                self._save(self._task.batches.get_state())  # first: an evaluation that fails loses no update
                 # A stopped run evaluates when it goes on, a finished one never does.
                 if evaluate and (not stop or self.step == settings.steps):
                     self._evaluate(bar)
@@ -236,7 +238,7 @@ class _Loop:
 
     def _update(self, parts: list[dict[str, np.ndarray]]) -> "_Update":
         list_ids = np.concatenate([part.pop("list_ids").reshape(-1) for part in parts])
-        work, rate = total(map(self._task.work, parts)), float(self._rates(self.step))
+        work, rate = total(map(self._task.work, parts)), float(self._task.rates(self.step))
         batch = put_batch(parts, self._settings.optimiser.accumulate, self._task.mesh)
         self._state, metrics = self._step_fn(self._state, self._frozen, batch)
         self.step += 1
@@ -281,8 +283,8 @@ class _Loop:
         self._log.write(self.step, numbers)  # after the save: what the log holds is not evaluated again
         bar.evaluated(numbers[METRIC])
 
-    def _save(self) -> None:
-        self._snapshots.save(self.step, self._state, from_all_hosts(self._task.batches.get_state()))
+    def _save(self, position: dict[str, Any]) -> None:
+        self._snapshots.save(self.step, self._state, from_all_hosts(position))
 
     def _whole(self, trainable: Params) -> Params:
         """Joined parameters on one local device."""
@@ -310,12 +312,19 @@ class _Update:
     rate: float
 
 
+CHECKPOINTS = ("teacher.checkpoint", "compressor.encoder", "compressor.start")
+"""Settings that name what a run reads beside its start; a resumed run must find the same there."""
+
+
 def _claim(folder: Path, task: Task, settings: TrainingSettings) -> None:
     """Makes the training folder, or checks that it belongs to this run. The first host does it for all."""
     if jax.process_index() > 0:
         return
+    named = _flat(settings.model_dump(mode="json"))
+    hashes = {f"{name}_sha256": _sha256(Path(named[name])) for name in CHECKPOINTS if named.get(name) is not None}
+    hashes["evaluation_sha256"] = task.evaluation_sha256  # the best so far is compared with numbers on the same data
     model = task.start.manifest.params_sha256
-    ours = {"kind": task.kind, "model_sha256": model, **settings.model_dump(mode="json")}
+    ours = {"kind": task.kind, "model_sha256": model, **hashes, **settings.model_dump(mode="json")}
     path = folder / "settings.json"
     if not path.exists():
         with new_file(path) as staging:
@@ -323,12 +332,22 @@ def _claim(folder: Path, task: Task, settings: TrainingSettings) -> None:
         return
     former, now = (_flat(tree) for tree in (json.loads(path.read_text(encoding="utf-8")), ours))
     may_change = {"save_every", "tensorboard", *(f"data.{name}" for name in MAY_CHANGE)}
+    may_change |= hashes.keys() - former.keys()  # begun by a release that did not write them
     for name in sorted((former.keys() | now.keys()) - may_change):
         if former.get(name) != now.get(name):
             raise InputError(
                 f"{folder}: was begun with another {name} ({former.get(name)!r}, now {now.get(name)!r}):"
                 " go on with the former settings, name another output, or remove the folder"
             )
+
+
+def _sha256(checkpoint: Path) -> str:
+    """Hash of all that decides what a checkpoint computes; not of where it came from or its metrics."""
+    names = ("params_sha256", "tokenizer_sha256", "template_sha256", "ranker", "compressor")
+    wanted: dict[str, Any] = {**dict.fromkeys(names, True), "extra": {"__all__": {"sha256"}}}
+    # Without defaults: a field that a later release adds leaves the hash as it is.
+    what = load_manifest(checkpoint).model_dump_json(include=wanted, exclude_defaults=True)
+    return hashlib.sha256(what.encode()).hexdigest()
 
 
 def _flat(tree: Mapping[str, Any], within: str = "") -> dict[str, Any]:

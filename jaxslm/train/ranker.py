@@ -27,7 +27,7 @@ from jaxslm.train.settings import LossWeights, RankerLosses, RankerTraining
 from jaxslm.train.sources import TrainingData
 from jaxslm.train.speed import ranker_work
 from jaxslm.train.start import load_start
-from jaxslm.train.step import Batch, ItemStates, LossFn, gather, item_states, make_mesh, make_optimiser
+from jaxslm.train.step import Batch, ItemStates, LossFn, gather, item_states, learning_rates, make_mesh, make_optimiser
 from jaxslm.train.teacher import Teacher, load_teacher
 
 LABEL_LOSSES = {
@@ -144,6 +144,7 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
     batches = ranker_batches(
         settings.data, start.prompt, host=jax.process_index(), hosts=jax.process_count(), data=data
     )
+    rates = learning_rates(settings.optimiser, settings.steps)
 
     def evaluate(params: Params) -> dict[str, float]:
         checkpoint = Checkpoint(start.manifest, params, start.tokenizer_files)
@@ -157,10 +158,12 @@ def train_ranker(settings: RankerTraining, out: Path) -> TrainResult:
         batches=batches,
         work=lambda batch: ranker_work(start.config.model, batch, settings.train_layers),
         evaluate=evaluate,
+        evaluation_sha256=held_out.sha256,
         partition=partition_of(
             start.config, freeze_embeddings=settings.freeze_embeddings, train_layers=settings.train_layers
         ),
-        optimiser=make_optimiser(settings.optimiser, settings.steps),
+        optimiser=make_optimiser(settings.optimiser, rates),
+        rates=rates,
         save=saver(start, "ranker"),
         dtype=dtype,
         mesh=mesh,

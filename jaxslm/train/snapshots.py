@@ -65,7 +65,7 @@ class Snapshots:
 
     @property
     def best_step(self) -> int | None:
-        """The update of the best evaluation that was saved, None if there is none."""
+        """The number of the best save, None if there is none: its update, or one above a save that it replaces."""
         return self._best.best_step()
 
     def save(self, step: int, state: State, position: list[Any]) -> None:
@@ -85,9 +85,11 @@ class Snapshots:
         known = self._best.metrics(self.best_step) if self.best_step is not None else None
         if known is not None and metrics[METRIC] <= known[METRIC]:
             return
+        # After a kill an update may be evaluated again. Orbax overwrites nothing, and removes the old save last.
+        number = max(step, 1 + (self._best.latest_step() or 0))
         with self._disk_errors():
             args = ocp.args.Composite(params=ocp.args.StandardSave(_copy(params)))
-            self._best.save(step, args=args, metrics=dict(metrics), force=True)
+            self._best.save(number, args=args, metrics=dict(metrics), force=True)
             self._best.wait_until_finished()
 
     def restore(self, abstract: State) -> tuple[State, list[Any]]:

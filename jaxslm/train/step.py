@@ -69,7 +69,7 @@ def learning_rates(settings: OptimiserSettings, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimiser(settings: OptimiserSettings, steps: int) -> optax.GradientTransformation:
+def make_optimiser(settings: OptimiserSettings, rates: optax.Schedule) -> optax.GradientTransformation:
     """Returns clipping, then AdamW (b1 0.9, b2 0.95); it decays layers' matrices, label rows have their own rate."""
 
     def decays(params: Params) -> Params:
@@ -82,7 +82,7 @@ def make_optimiser(settings: OptimiserSettings, steps: int) -> optax.GradientTra
 
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(learning_rates(settings, steps), b2=0.95, weight_decay=settings.weight_decay, mask=decays),
+        optax.adamw(rates, b2=0.95, weight_decay=settings.weight_decay, mask=decays),
         optax.masked(optax.scale(settings.label_head_factor), label_rows),
     )
 

@@ -113,6 +113,13 @@ def test_an_item_that_no_query_judges_changes_nothing(toy: Path, tmp_path: Path)
     assert hashes(tmp_path / "more") == hashes(tmp_path / "as-it-is")
 
 
+def test_the_log_tells_the_projector_s_rate(toy: Path, tmp_path: Path) -> None:
+    shape = ("curriculum.projector_steps=2", "curriculum.projector_rate=1e-3", "optimiser.final_fraction=1.0")
+    train_compressor(settings_of(toy, *shape), tmp_path / "out")
+    told = [each["learning_rate"] for each in losses_of(tmp_path / "out")]
+    assert told == pytest.approx([1e-3, 1e-3, 3e-3, 3e-3])
+
+
 @pytest.mark.slow
 def test_stored_scores_teach_as_a_teacher_that_runs_along(toy: Path, tmp_path: Path) -> None:
     requests, scores = tmp_path / "requests.jsonl", tmp_path / "scores.jsonl"

@@ -38,10 +38,13 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 1)
 from pathlib import Path
+from jaxslm.train.hosts import from_all_hosts
 from jaxslm.train.ranker import train_ranker
 from tests.train.toy import toy_ranker
 result = train_ranker(toy_ranker(Path({folder!r}), *{overrides!r}), Path({out!r}))
 assert (jax.process_count(), jax.device_count(), result.finished) == (2, 2, True), (jax.devices(), result)
+own = list(range(jax.process_index() * 20_000))  # as long as the data position of large batches
+assert from_all_hosts(own) == [[], list(range(20_000))]
 """
 
 

@@ -228,17 +228,45 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_queries(
 
 def test_another_run_in_the_same_place_is_refused(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     one_device(monkeypatch)
-    out = tmp_path / "out"
+    copy, out = shutil.copytree(toy, tmp_path / "toy"), tmp_path / "out"
     with monkeypatch.context() as patched:
         stop_after(patched, 1)
-        train_ranker(toy_ranker(toy, *SHORT), out)
+        train_ranker(toy_ranker(copy, *SHORT), out)
     with pytest.raises(InputError, match=r"out.training: was begun with another steps \(6, now 7\)"):
-        train_ranker(toy_ranker(toy, *SHORT, "steps=7"), out)
+        train_ranker(toy_ranker(copy, *SHORT, "steps=7"), out)
     with pytest.raises(InputError, match=r"another optimiser.learning_rate \(0.003, now 0.5\): go on with"):
-        train_ranker(toy_ranker(toy, *SHORT, "optimiser.learning_rate=0.5"), out)
+        train_ranker(toy_ranker(copy, *SHORT, "optimiser.learning_rate=0.5"), out)
+    held_out = (copy / "dev.jsonl").read_text()
+    (copy / "dev.jsonl").write_text(held_out.replace("red", "blue", 1))
+    with pytest.raises(InputError, match=r"another evaluation_sha256 \('"):
+        train_ranker(toy_ranker(copy, *SHORT), out)
     out.mkdir()
     with pytest.raises(InputError, match="exists"):
-        train_ranker(toy_ranker(toy, *SHORT), out)
+        train_ranker(toy_ranker(copy, *SHORT), out)
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_began_with(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Another one at the same path is refused; a run that an earlier release began does not know its own."""
+    one_device(monkeypatch)
+    prompt = {"template": "yes-no", "instruction": "Match", "max_tokens": 192}
+    teacher, other = (
+        tiny_checkpoint(tmp_path / name, tiny_config("llama", num_layers=1), seed=seed, **prompt)
+        for seed, name in enumerate(("teacher", "other"), start=1)
+    )
+    out = tmp_path / "out"
+    settings = toy_ranker(toy, *SHORT, f"teacher.checkpoint={teacher}", "losses.distillation=1.0")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        train_ranker(settings, out)
+    shutil.rmtree(teacher)
+    other.rename(teacher)
+    with pytest.raises(InputError, match=r"out.training: was begun with another teacher.checkpoint_sha256 \('"):
+        train_ranker(settings, out)
+    recorded = training_folder(out) / "settings.json"
+    known = json.loads(recorded.read_text())
+    del known["teacher.checkpoint_sha256"]
+    recorded.write_text(json.dumps(known))
+    assert train_ranker(settings, out).finished
 
 
 def test_what_does_not_decide_the_batches_may_change(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -267,6 +295,15 @@ def test_data_that_ends_early_is_told(toy: Path, tmp_path: Path, monkeypatch: An
     with pytest.raises(InputError, match=r"data: ended after 15 of 20 updates: raise data.epochs"):
         train_ranker(toy_ranker(toy, "data.epochs=1", *shape), tmp_path / "out")
     assert [line["step"] for line in log_of(tmp_path / "out")] == [*range(1, 16)]
+    assert train_ranker(toy_ranker(toy, "data.epochs=2", *shape), tmp_path / "out").finished
+
+
+def test_data_that_ends_within_an_update_is_all_used(toy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """15 updates of 8 lists are two epochs of 60, so none may be lost to the eighth update, which the end cut short."""
+    one_device(monkeypatch)
+    shape = ("steps=15", "evaluation.every=15", "layers=1", "remat=false", "optimiser.accumulate=4")
+    with pytest.raises(InputError, match=r"data: ended after 7 of 15 updates"):
+        train_ranker(toy_ranker(toy, "data.epochs=1", *shape), tmp_path / "out")
     assert train_ranker(toy_ranker(toy, "data.epochs=2", *shape), tmp_path / "out").finished
 
 

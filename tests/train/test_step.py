@@ -87,7 +87,7 @@ def train(
     """Runs one update per element of `parts`; returns the losses and the final state."""
     mesh = make_mesh(jax.devices()[:devices])
     trainable, tables = split_params(tiny_params(CONFIG.model), CONFIG, freeze_embeddings=freeze)
-    optimiser = make_optimiser(OPTIMISER, 10)
+    optimiser = make_optimiser(OPTIMISER, learning_rates(OPTIMISER, 10))
     state = init_state(trainable, optimiser, mesh)
     frozen = {"tables": jax.device_put(tables, NamedSharding(mesh, P())), "teacher": {}}
     update = make_step(make_loss(mesh), optimiser, mesh)
@@ -200,7 +200,7 @@ def test_a_gradient_is_clipped_to_its_largest_global_norm(norm: float) -> None:
     """Adam's updates hardly depend on the gradient's size, its moments do."""
     params = {"layers_0": {"up": jnp.zeros((2, 3))}, LABEL_ROWS: jnp.zeros((2, 5))}
     gradient = jax.tree.map(lambda leaf: jnp.full(leaf.shape, norm / 4), params)  # of 16 numbers
-    optimiser = make_optimiser(OptimiserSettings(learning_rate=1.0, clip_norm=2.0), 10)
+    optimiser = make_optimiser(OptimiserSettings(learning_rate=1.0, clip_norm=2.0), optax.constant_schedule(1.0))
     _, state = optimiser.update(gradient, optimiser.init(params), params)
     moments = optax.tree_utils.tree_get(state, "mu")
     expected = jax.tree.map(lambda leaf: (1 - 0.9) * leaf * min(1, 2 / norm), gradient)

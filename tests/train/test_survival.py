@@ -71,6 +71,20 @@ def test_a_full_disk_is_told_and_the_last_save_stays(toy: Path, tmp_path: Path, 
     assert train_ranker(toy_ranker(toy, *SHORT), out).finished
 
 
+def test_an_update_that_is_evaluated_again_may_come_out_better(tmp_path: Path) -> None:
+    """As after a kill between the save of the best and that of the state, where sums are not the same every time."""
+    mesh = step.make_mesh(jax.devices()[:1])
+    best = {"w": np.ones(3, np.float32)}
+    for metric in (0.5, 0.5, 0.6, 0.4, 0.7):
+        with Snapshots(tmp_path / "out.training", mesh) as snapshots:
+            snapshots.save_best(20, {"w": jax.device_put(metric * best["w"])}, {"ndcg_at_10": metric, "step": 20.0})
+    with Snapshots(tmp_path / "out.training", mesh) as snapshots:
+        params, metrics = snapshots.restore_best(best)
+    assert metrics == {"ndcg_at_10": 0.7, "step": 20.0}
+    np.testing.assert_array_equal(params["w"], np.float32(0.7) * best["w"])
+    assert len(list((tmp_path / "out.training" / "best").iterdir())) == 1
+
+
 @pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_a_run_that_goes_on(toy: Path, tmp_path: Path) -> None:
     """Ten kills of a run that saves after every update, every other one within a save; the last save must load."""
@@ -110,7 +124,8 @@ def saved_step(settings: RankerTraining, out: Path) -> int:
     mesh = step.make_mesh(jax.devices()[:1])
     start = load_start(settings, mesh)
     trainable, _ = split_params(start.params, start.config, freeze_embeddings=settings.freeze_embeddings)
-    abstract = step.abstract_state(trainable, step.make_optimiser(settings.optimiser, settings.steps))
+    rates = step.learning_rates(settings.optimiser, settings.steps)
+    abstract = step.abstract_state(trainable, step.make_optimiser(settings.optimiser, rates))
     with Snapshots(training_folder(out), mesh) as snapshots:
         state, positions = snapshots.restore(abstract)
         assert len(positions) == 1
