@@ -60,7 +60,7 @@ def labelled_by(similarity: np.ndarray, batch: NpBatch) -> NpBatch:
 
 
 def test_the_new_layer_scores_by_the_similarity_of_mean_states(batches: list[NpBatch]) -> None:
-    params = init_params(MODEL, jax.random.key(3))
+    params = init_params(MODEL, jax.random.key(4))  # of eight random models the correlation is 0.59 to 0.89
     similarity = similarities(params, batches)
     batches = [labelled_by(each, batch) for each, batch in zip(similarity, batches, strict=True)]
     model, grown = add_comparison_layer(CONFIG, params, PROMPT, batches[:6])
