@@ -294,6 +294,34 @@ def command_line(out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return exit_.value.code
 
 
+def test_an_output_that_is_no_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert command_line(tmp_path / "out", monkeypatch) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"jaxslm: error: {tmp_path}/out: cannot create the folder (File exists)"
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_catalogue_is_done_when_its_file_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill within the write leaves nothing that would count as done."""
+
+    def killed(self: Path, text: str, **_: Any) -> None:
+        self.write_bytes(text.encode()[:9])
+        raise KeyboardInterrupt
+
+    stages = {stage.title: stage for stage in Pipeline(tmp_path, make_demo, SETTINGS).stages()}
+    monkeypatch.setattr(pipeline, "encode_file", lambda *_, **__: {"items": 40})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stages["Catalogue"].run()
+    assert not (tmp_path / "encoded.json").exists()
+    stages["Catalogue"].run()
+    assert json.loads((tmp_path / "encoded.json").read_text()) == {"items": 40}
+
+
 def test_the_command_line_ends_with_the_reports_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

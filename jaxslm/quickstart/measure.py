@@ -86,13 +86,13 @@ def evaluate(
         pairs = pairs_of(report.run, labels)
         content["row"]["calibration"] = asdict(calibration_report(Calibration().apply(pairs.logits), pairs.labels))
         content["conditions"]["calibration"] = CALIBRATION
-        _write(path, content)
+        write_json(path, content)
     if not _is_of(path := _file_of(folder, BI_ENCODER), encoder):
         checkpoint = load_checkpoint(encoder)
         report = evaluate_bi_encoder(
             checkpoint, data, split, name=BI_ENCODER, max_item_tokens=max_item_tokens, **options
         )
-        _write(path, _evaluated(report, encoder))
+        write_json(path, _evaluated(report, encoder))
 
 
 def measure_speed(
@@ -125,7 +125,7 @@ def measure_speed(
         f"{len(requests)} requests, {items} items in all; median of {settings.repeats} runs after a first one, in"
         f" turns; the bi-encoder's postings encoded and BM25's index of all {len(postings):,} built before"
     )
-    _write(out, {"rows": rows, "conditions": {"speed": how, "device": device_name(), "jax": jax.__version__}})
+    write_json(out, {"rows": rows, "conditions": {"speed": how, "device": device_name(), "jax": jax.__version__}})
 
 
 def quality(contestants: Sequence[Contestant], folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -153,7 +153,7 @@ def combine(
     speeds = read_json(speed)
     rows, said = quality(contestants, folder)
     rows = [row | speeds["rows"].get(row["name"], {}) for row in rows]
-    _write(out, {"rows": rows, "conditions": said | speeds["conditions"] | dict(conditions)})
+    write_json(out, {"rows": rows, "conditions": said | speeds["conditions"] | dict(conditions)})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -163,6 +163,13 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error}); remove it") from None
     return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file of the quickstart, whole or not at all, in place of an older one."""
+    path.unlink(missing_ok=True)
+    with new_file(path) as staging:
+        staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 class _TextRun:
@@ -295,9 +302,3 @@ def _evaluated(report: Report, model: Path) -> dict[str, Any]:
 
 def _file_of(folder: Path, name: str) -> Path:
     return folder / f"{name.replace(' ', '-').replace('=', '')}.json"
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.unlink(missing_ok=True)
-    with new_file(path) as staging:
-        staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

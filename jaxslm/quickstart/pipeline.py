@@ -19,7 +19,7 @@ from jaxslm.inspect import describe, print_card
 from jaxslm.progress import console
 from jaxslm.prune.checkpoints import prune_checkpoint
 from jaxslm.prune.model import PruneSettings
-from jaxslm.quickstart.measure import DENSE, SPLIT, Contestant, combine, evaluate, measure_speed, read_json
+from jaxslm.quickstart.measure import DENSE, SPLIT, Contestant, combine, evaluate, measure_speed, read_json, write_json
 from jaxslm.quickstart.settings import MeasureSettings, QuickstartSettings
 from jaxslm.quickstart.stages import Stage, run_stages, seconds_by_stage
 from jaxslm.train.compressor import train_compressor
@@ -58,11 +58,14 @@ def run(
         The result file, with "report", its page; "finished" is False if Ctrl-C came before the end.
 
     Raises:
-        InputError: no network, a folder that is not this program's, or a damaged file in it.
+        InputError: no network, `out` is no folder or not this program's, or a damaged file in it.
     """
     if not CONFIGS.is_dir():
         raise InputError(f"{CONFIGS}: not there; the quickstart runs in a checkout of the repository")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot create the folder ({error.strerror})") from None
     pipeline = Pipeline(out, fetch, settings or QuickstartSettings())
     try:
         run_stages(pipeline.stages(), out)
@@ -285,7 +288,7 @@ class Pipeline:
     def _encode(self) -> None:
         stores = {k: str(self._store(k)) for k in self._ks}
         result = encode_file(self.compressed, self.jobs / "items.jsonl", stores, dtype="int8")
-        self.encoded.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(self.encoded, result)
 
     def _store(self, k: int) -> Path:
         return self._out / f"store-k{k}"
