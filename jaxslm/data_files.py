@@ -5,6 +5,7 @@ queries  `{"query_id": str, "query": str, "items": [{"id": str, "label": float i
 requests `{"query": str, "items": [{"id"?: str, "text"?: str}]}`: the input of `jaxslm score`
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -129,6 +130,12 @@ def distinct_queries(where: str, records: Iterable[Query]) -> list[Query]:
     if not queries:
         raise InputError(f"{where}: holds no records")
     return list(queries.values())
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
