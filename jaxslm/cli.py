@@ -213,7 +213,7 @@ def prune(
     Example: jaxslm prune --model ranker --calibration requests.jsonl --mlp-keep 768 --drop-layers 10 --out pruned
     """
     from jaxslm.prune.checkpoints import prune_checkpoint
-    from jaxslm.prune.model import PruneSettings
+    from jaxslm.prune.model import PruneSettings, refuse_idle
     from jaxslm.score.warmup import keep_compiled_programs
 
     keep_compiled_programs()
@@ -230,6 +230,7 @@ def prune(
         width_multiple=width_multiple,
         seed=seed,
     )
+    refuse_idle(settings)
     answer(prune_checkpoint(model, calibration, out, settings, items=items, vocab_keep=vocab_keep))
 
 

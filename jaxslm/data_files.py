@@ -5,6 +5,7 @@ queries  `{"query_id": str, "query": str, "items": [{"id": str, "label": float i
 requests `{"query": str, "items": [{"id"?: str, "text"?: str}]}`: the input of `jaxslm score`
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -138,6 +139,12 @@ def with_item_id(error: InputError, items: Sequence[str | Item]) -> str:
     if found and isinstance(item := items[int(found[1])], Item):
         return f"item {item.id!r}: {str(error)[found.end() :]}"
     return str(error)
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -5,9 +5,10 @@
     python scripts/prune_study.py --dense ranker --data demo/jobs --out study \\
         --arm last drop_layers=2 depth_criterion=last --arm influence drop_layers=2 depth_criterion=block-influence
 
-Checkpoints in --out are reused, so a stopped study goes on. Prints one JSON object last and writes it to
-OUT/result.json, a result file for `jaxslm report`; beside it a TREC run of each ranker and split, for `jaxslm compare`
-of any two.
+Checkpoints in --out are reused, so a stopped study goes on and a finished one takes further arms; one that was made
+with other settings, from another dense ranker or on other data is refused. Prints one JSON object last and writes it to
+OUT/result.json, in place of an older one, a result file for `jaxslm report`; beside it a TREC run of each ranker and
+split, for `jaxslm compare` of any two.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any, get_args
 
 from jaxslm.atomic import new_file
 from jaxslm.config import ComputeDtype, load_toml
-from jaxslm.errors import exit_on_input_error
+from jaxslm.errors import InputError, exit_on_input_error
 from jaxslm.evaluate.checkpoints import evaluate_loaded, read_split
 from jaxslm.evaluate.rerank import sample_queries
 from jaxslm.evaluate.trec import write_run
@@ -59,14 +60,31 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def choose(options: argparse.Namespace, base: PruneSettings) -> dict[str, PruneSettings]:
+    """Returns the settings of the arms that are asked for, by name.
+
+    Raises:
+        InputError: an option names an arm that is not there, or recovery has no settings.
+    """
+    known = {name: changed(base, tuple(changes)) for name, *changes in options.arm} or arms(base)
+    only = options.only or known
+    chosen = {name: arm for name, arm in known.items() if name in only}
+    for option, names, there in (("--only", only, known), ("--recover", options.recover, chosen)):
+        for name in names:
+            if name not in there:
+                raise InputError(f"{option} {name}: no such arm; there are: {'; '.join(there)}")
+    if options.recovery is None and (options.recover or options.gradual):
+        raise InputError(f"{'--recover' if options.recover else '--gradual'}: needs --recovery")
+    return chosen
+
+
 def main() -> None:
     options = parse()
     fields = PruneSettings.model_fields.keys() & vars(options).keys()
     flags = {name: value for name in fields if (value := getattr(options, name)) is not None}
     base = changed(PruneSettings(), tuple(f"{name}={value}" for name, value in flags.items()))
     calibrated = Calibrated(options.data / "train-mixed.jsonl", options.data / "items.jsonl")
-    asked = {name: changed(base, tuple(changes)) for name, *changes in options.arm}
-    chosen = asked or {name: arm for name, arm in arms(base).items() if not options.only or name in options.only}
+    chosen = choose(options, base)
     paths = {"dense": options.dense}
 
     def place(name: str) -> Path:
@@ -105,7 +123,9 @@ def main() -> None:
                 file=sys.stderr,
             )
     result = {"rows": rows, "conditions": conditions}
-    with new_file(options.out / "result.json") as file:
+    path = options.out / "result.json"
+    path.unlink(missing_ok=True)  # as above
+    with new_file(path) as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 

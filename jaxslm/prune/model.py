@@ -74,6 +74,25 @@ def check_target(config: ModelConfig, settings: PruneSettings) -> None:
         raise InputError(f"--drop-layers {settings.drop_layers}: leaves nothing of {config.num_layers} layers")
 
 
+def refuse_idle(settings: PruneSettings) -> None:
+    """Raises InputError if a setting that is not its default changes nothing, for lack of what it goes with.
+
+    For what a user asks of one model; the arms of a study (`jaxslm.prune.study`) share settings that not all need.
+    """
+    widths = settings.mlp_keep is not None or settings.kv_groups_keep is not None
+    asked = settings.model_dump(exclude_defaults=True)
+    for name, has_effect, partner in (
+        ("criterion", widths, "--mlp-keep or --kv-groups-keep"),
+        ("refit", widths, "--mlp-keep or --kv-groups-keep"),
+        ("swaps", widths, "--mlp-keep or --kv-groups-keep"),
+        ("width_multiple", settings.mlp_keep is not None, "--mlp-keep"),
+        ("depth_criterion", settings.drop_layers > 0, "--drop-layers"),
+    ):
+        if name in asked and not has_effect:
+            flag = "--no-refit" if name == "refit" else f"--{name.replace('_', '-')} {asked[name]}"
+            raise InputError(f"{flag}: changes nothing without {partner}")
+
+
 def _neurons_to_share(config: ModelConfig, settings: PruneSettings) -> int:
     """The most that `mlp_keep` can be: what every layer has, or by layer what they have on average, in whole tiles."""
     if not settings.by_layer:

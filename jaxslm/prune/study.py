@@ -3,14 +3,16 @@
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from jaxslm.atomic import new_file
 from jaxslm.checkpoint import load_manifest
 from jaxslm.config import ModelConfig, load_toml
-from jaxslm.data_files import Item, Query
+from jaxslm.data_files import Item, Query, file_sha256
 from jaxslm.errors import InputError
 from jaxslm.evaluate.agreement import kendall_tau
 from jaxslm.evaluate.candidates import candidates
@@ -24,6 +26,9 @@ from jaxslm.score.scorer import Ranker
 from jaxslm.train.ranker import train_ranker
 from jaxslm.train.settings import RankerTraining, TeacherSettings
 
+NO_MATTER: dict[str, Any] = {"save_every": True, "tensorboard": True, "data": {"epochs": True, "workers": True}}
+"""Settings of training that do not tell a recovered checkpoint from others."""
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -33,9 +38,54 @@ class Calibrated:
     items: Path
 
     def prune(self, model: Path, out: Path, settings: PruneSettings) -> None:
-        """Writes the pruned checkpoint unless it is there."""
-        if not out.exists():
-            prune_checkpoint(model, self.queries, out, settings, items=self.items)
+        """Writes the pruned checkpoint unless it is there; errors as `made_once` and `prune_checkpoint`."""
+        made_with = settings.model_dump(mode="json") | {
+            "model": load_manifest(model).params_sha256,
+            "calibration": contents([str(self.queries), str(self.items)]),
+        }
+        with made_once(out, made_with) as wanted:
+            if wanted:
+                prune_checkpoint(model, self.queries, out, settings, items=self.items)
+
+
+@contextmanager
+def made_once(out: Path, made_with: Mapping[str, Any]) -> Iterator[bool]:
+    """Yields whether the block is to make the checkpoint `out`; keeps beside it what it was made with.
+
+    Raises:
+        InputError: `out` is there, made with something else, or nothing says with what.
+    """
+    record = out.with_name(f"{out.name}.made-with.json")
+    if out.exists():
+        _check_record(out, record, made_with)
+        yield False
+        return
+    record.unlink(missing_ok=True)  # of one that was removed
+    yield True
+    with new_file(record) as staging:
+        staging.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_record(out: Path, record: Path, made_with: Mapping[str, Any]) -> None:
+    try:
+        former = json.loads(record.read_bytes())
+    except (OSError, ValueError):
+        raise InputError(f"{out}: no {record.name} says with what it was made; remove it to make it anew") from None
+    names = [name for name in sorted(former.keys() | made_with.keys()) if former.get(name) != made_with.get(name)]
+    if names:
+        raise InputError(
+            f"{out}: made with another {', '.join(names)} ({record.name}); name another output, or remove it to make"
+            " it anew"
+        )
+
+
+def contents(tree: Any) -> Any:
+    """Returns settings with the hash of a file in place of its path: it may move, and what it holds counts."""
+    if isinstance(tree, dict):
+        return {name: contents(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [contents(value) for value in tree]
+    return file_sha256(Path(tree)) if isinstance(tree, str) and Path(tree).is_file() else tree
 
 
 def arms(base: PruneSettings) -> dict[str, PruneSettings]:
@@ -59,15 +109,20 @@ def recover(pruned: Path, dense: Path, out: Path, recovery: RankerTraining, shar
     """Trains a pruned checkpoint with the dense one as teacher, for a share of the steps, unless `out` is there.
 
     Raises:
-        InputError: as `train_ranker`, and when the run was stopped.
+        InputError: as `made_once` and `train_ranker`, and when the run was stopped.
     """
-    if out.exists():
-        return
     steps = max(1, round(share * recovery.steps))
     teacher = TeacherSettings(checkpoint=str(dense))
     settings = recovery.model_copy(update={"model": str(pruned), "teacher": teacher, "steps": steps})
-    if not train_ranker(settings, out).finished:
-        raise InputError(f"{out}: recovery was stopped; the same command goes on")
+    made_with = settings.model_dump(mode="json", exclude=NO_MATTER)
+    made_with |= {
+        **{name: contents(made_with[name]) for name in ("data", "evaluation")},
+        "model": load_manifest(pruned).params_sha256,
+        "teacher": load_manifest(dense).params_sha256,
+    }
+    with made_once(out, made_with) as wanted:
+        if wanted and not train_ranker(settings, out).finished:
+            raise InputError(f"{out}: recovery was stopped; the same command goes on")
 
 
 def stages(config: ModelConfig, target: PruneSettings) -> list[tuple[PruneSettings, float]]:

@@ -16,10 +16,10 @@ from jaxslm.errors import InputError
 from jaxslm.evaluate.report import write_report
 from jaxslm.progress import console
 from jaxslm.quickstart.int8 import write_int8
-from jaxslm.quickstart.measure import combine
+from jaxslm.quickstart.measure import SPLIT, combine
 from jaxslm.quickstart.pipeline import Pipeline
 from jaxslm.quickstart.settings import MeasureSettings, Overrides, QuickstartSettings, RecipeSettings
-from jaxslm.quickstart.stages import LOG, Stage, run_stages, seconds_by_stage
+from jaxslm.quickstart.stages import LOG, Stage, files_sha256, run_stages, seconds_by_stage
 
 SPLITS = ("dev", "bls")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
@@ -87,16 +87,19 @@ class FullSize(Pipeline):
         stages.append(Stage("Catalogue", vectors, None, self._encode, self.encoded, measured=[self.compressed]))
         for split in SPLITS:
             run, done = partial(self._evaluate_split, split), self.evaluations / split / "done"
-            stages.append(Stage(f"Quality, {split}", "Held-out queries.", None, run, done, measured=self.measured))
-        whole = "Whole requests, host work included."
-        stages.append(Stage("Speed", whole, None, self._measure_speed, self.speed, measured=self.measured))
+            title, how = f"Quality, {split}", partial(self.how_measured, split)
+            stages.append(Stage(title, "Held-out queries.", None, run, done, measured=self.measured, made_of=how))
+        whole, how = "Whole requests, host work included.", partial(self.how_measured, SPLIT)
+        stages.append(Stage("Speed", whole, None, self._measure_speed, self.speed, measured=self.measured, made_of=how))
         for model, workload in self._bench:
             run, done = partial(self._bench_score, model, workload), self._bench_file(model, workload)
             title, measured = f"Device, {model}, {workload}", [self._out / model]
             stages.append(Stage(title, "Beside the floor of this device.", None, run, done, measured=measured))
         weights = "The recovered ranker in int8."
         stages.append(Stage("Weights", weights, None, self._pack, self.int8, measured=[self.recovered]))
-        stages.append(Stage("Report", "Tables and plots.", None, self._report, self.report, measured=self.measured))
+        told = partial(files_sha256, [self.evaluations, self.speed, *(self._bench_file(*each) for each in self._bench)])
+        words = "Tables and plots."
+        stages.append(Stage("Report", words, None, self._report, self.report, measured=self.measured, made_of=told))
         return stages
 
     def results_of(self, split: str) -> Path:

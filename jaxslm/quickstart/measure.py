@@ -16,12 +16,12 @@ from jaxslm.checkpoint import load_checkpoint
 from jaxslm.compress.encoder import identity_of
 from jaxslm.compress.splice import text_of
 from jaxslm.config import Calibration, RankerConfig
-from jaxslm.data_files import Item, Query
+from jaxslm.data_files import Item, Query, file_sha256
 from jaxslm.errors import InputError
 from jaxslm.evaluate.calibrate import pairs_of
 from jaxslm.evaluate.calibration import calibration_report
 from jaxslm.evaluate.candidates import Bm25, candidates
-from jaxslm.evaluate.checkpoints import evaluate_bi_encoder, evaluate_loaded, evaluate_store, read_split
+from jaxslm.evaluate.checkpoints import data_file, evaluate_bi_encoder, evaluate_loaded, evaluate_store, read_split
 from jaxslm.evaluate.metrics import has_relevant, labels_of
 from jaxslm.evaluate.rerank import Report, sample_queries
 from jaxslm.evaluate.significance import paired_bootstrap
@@ -69,12 +69,14 @@ def evaluate(
 ) -> None:
     """Writes `folder/NAME.json` of each ranker and of the bi-encoder that stage 1 is.
 
-    Files that are there stay, unless they are of another checkpoint than the one that is there now.
+    Files that are there stay, unless they are of another checkpoint than the one that is there now, other candidates or
+    queries, or another data set: a table compares rankers on the same lists.
     """
     options: dict[str, Any] = {"candidates": settings.candidates, "limit": settings.queries}
+    lists = options | {"split": split, "data_sha256": data_sha256(data, split)}
     labels = labels_of(read_split(data, split)[1])
     for each in contestants:
-        if _is_of(path := _file_of(folder, each.name), each.model):
+        if _is_of(path := _file_of(folder, each.name), each.model, lists):
             continue
         ranker = load_few_shapes(each.model)
         if each.store is None:
@@ -82,17 +84,22 @@ def evaluate(
         else:
             with open_store(str(each.store), read_only=True) as store:
                 report = evaluate_store(ranker, store, data, split, name=each.name, **options)
-        content = _evaluated(report, each.model)
+        content = _evaluated(report, each.model, lists)
         pairs = pairs_of(report.run, labels)
         content["row"]["calibration"] = asdict(calibration_report(Calibration().apply(pairs.logits), pairs.labels))
         content["conditions"]["calibration"] = CALIBRATION
-        _write(path, content)
-    if not _is_of(path := _file_of(folder, BI_ENCODER), encoder):
+        write_json(path, content)
+    if not _is_of(path := _file_of(folder, BI_ENCODER), encoder, lists):
         checkpoint = load_checkpoint(encoder)
         report = evaluate_bi_encoder(
             checkpoint, data, split, name=BI_ENCODER, max_item_tokens=max_item_tokens, **options
         )
-        _write(path, _evaluated(report, encoder))
+        write_json(path, _evaluated(report, encoder, lists))
+
+
+def data_sha256(data: Path, split: str) -> str:
+    """Returns what tells the items and the queries of a split from others: the hashes of their files."""
+    return " ".join(file_sha256(data_file(data, name)) for name in ("items", split))
 
 
 def measure_speed(
@@ -125,7 +132,7 @@ def measure_speed(
         f"{len(requests)} requests, {items} items in all; median of {settings.repeats} runs after a first one, in"
         f" turns; the bi-encoder's postings encoded and BM25's index of all {len(postings):,} built before"
     )
-    _write(out, {"rows": rows, "conditions": {"speed": how, "device": device_name(), "jax": jax.__version__}})
+    write_json(out, {"rows": rows, "conditions": {"speed": how, "device": device_name(), "jax": jax.__version__}})
 
 
 def quality(contestants: Sequence[Contestant], folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -153,7 +160,7 @@ def combine(
     speeds = read_json(speed)
     rows, said = quality(contestants, folder)
     rows = [row | speeds["rows"].get(row["name"], {}) for row in rows]
-    _write(out, {"rows": rows, "conditions": said | speeds["conditions"] | dict(conditions)})
+    write_json(out, {"rows": rows, "conditions": said | speeds["conditions"] | dict(conditions)})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -163,6 +170,13 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error}); remove it") from None
     return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file of the quickstart, whole or not at all, in place of an older one."""
+    path.unlink(missing_ok=True)
+    with new_file(path) as staging:
+        staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 class _TextRun:
@@ -276,16 +290,20 @@ def _speed_row(rates: np.ndarray) -> dict[str, float]:
     return {"items_per_s": middle, "items_per_s_p5": low, "items_per_s_p95": high}
 
 
-def _is_of(path: Path, model: Path) -> bool:
-    """Returns whether a file of `evaluate` is there and of this checkpoint."""
-    return path.exists() and read_json(path).get("model") == identity(model)
+def _is_of(path: Path, model: Path, lists: Mapping[str, Any]) -> bool:
+    """Returns whether a file of `evaluate` is there, of this checkpoint and on these lists."""
+    if not path.exists():
+        return False
+    content = read_json(path)
+    return content.get("model") == identity(model) and content.get("lists") == lists
 
 
-def _evaluated(report: Report, model: Path) -> dict[str, Any]:
+def _evaluated(report: Report, model: Path, lists: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a report: the speed of an evaluation, compilation included, is not."""
     *baselines, row = report.to_result()["rows"]
     return {
         "model": identity(model),
+        "lists": dict(lists),
         "row": {name: value for name, value in row.items() if name not in ("items_per_s", "seconds")},
         "baselines": baselines,
         "ndcg_per_query": report.ranker.per_query(),
@@ -295,9 +313,3 @@ def _evaluated(report: Report, model: Path) -> dict[str, Any]:
 
 def _file_of(folder: Path, name: str) -> Path:
     return folder / f"{name.replace(' ', '-').replace('=', '')}.json"
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.unlink(missing_ok=True)
-    with new_file(path) as staging:
-        staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

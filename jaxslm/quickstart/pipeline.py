@@ -19,9 +19,19 @@ from jaxslm.inspect import describe, print_card
 from jaxslm.progress import console
 from jaxslm.prune.checkpoints import prune_checkpoint
 from jaxslm.prune.model import PruneSettings
-from jaxslm.quickstart.measure import DENSE, SPLIT, Contestant, combine, evaluate, measure_speed, read_json
+from jaxslm.quickstart.measure import (
+    DENSE,
+    SPLIT,
+    Contestant,
+    combine,
+    data_sha256,
+    evaluate,
+    measure_speed,
+    read_json,
+    write_json,
+)
 from jaxslm.quickstart.settings import MeasureSettings, QuickstartSettings
-from jaxslm.quickstart.stages import Stage, run_stages, seconds_by_stage
+from jaxslm.quickstart.stages import Stage, files_sha256, run_stages, seconds_by_stage
 from jaxslm.train.compressor import train_compressor
 from jaxslm.train.compressor_settings import CompressorTraining
 from jaxslm.train.encoder import train_encoder
@@ -58,11 +68,14 @@ def run(
         The result file, with "report", its page; "finished" is False if Ctrl-C came before the end.
 
     Raises:
-        InputError: no network, a folder that is not this program's, or a damaged file in it.
+        InputError: no network, `out` is no folder or not this program's, or a damaged file in it.
     """
     if not CONFIGS.is_dir():
         raise InputError(f"{CONFIGS}: not there; the quickstart runs in a checkout of the repository")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot create the folder ({error.strerror})") from None
     pipeline = Pipeline(out, fetch, settings or QuickstartSettings())
     try:
         run_stages(pipeline.stages(), out)
@@ -169,6 +182,7 @@ class Pipeline:
                 self._evaluate,
                 self.evaluations / "done",
                 measured=self.measured,
+                made_of=lambda: self.how_measured(SPLIT),
             ),
             Stage(
                 "Speed",
@@ -177,6 +191,7 @@ class Pipeline:
                 self._measure_speed,
                 self.speed,
                 measured=self.measured,
+                made_of=lambda: self.how_measured(SPLIT),
             ),
             Stage(
                 "Export",
@@ -194,7 +209,15 @@ class Pipeline:
                 self.served,
                 measured=[self.compressed],
             ),
-            Stage("Report", "Tables and plots as a page.", (3, 5), self._report, self.report, measured=self.measured),
+            Stage(
+                "Report",
+                "Tables and plots as a page.",
+                (3, 5),
+                self._report,
+                self.report,
+                measured=self.measured,
+                made_of=lambda: files_sha256([self.evaluations, self.speed]),
+            ),
         ]
 
     def serve(self, *, stay: bool) -> None:
@@ -285,7 +308,7 @@ class Pipeline:
     def _encode(self) -> None:
         stores = {k: str(self._store(k)) for k in self._ks}
         result = encode_file(self.compressed, self.jobs / "items.jsonl", stores, dtype="int8")
-        self.encoded.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(self.encoded, result)
 
     def _store(self, k: int) -> Path:
         return self._out / f"store-k{k}"
@@ -294,6 +317,10 @@ class Pipeline:
         """The rankers that are measured, the dense one first."""
         compressed = [Contestant(f"compressed k={k}", self.compressed, self._store(k)) for k in sorted(self._ks)[::-1]]
         return [Contestant(DENSE, self.ranker), Contestant("pruned", self.recovered), *compressed]
+
+    def how_measured(self, split: str) -> str:
+        """What the numbers of a split depend on beside the rankers: how much is measured, and the data."""
+        return f"{self._settings.measure.model_dump_json()} {data_sha256(self.jobs, split)}"
 
     def evaluate(self, split: str, settings: MeasureSettings, folder: Path) -> None:
         """Writes how good each ranker is on a split, as `jaxslm.quickstart.measure.evaluate` does."""

@@ -1,13 +1,16 @@
 """Stages: each says what it does, is skipped if its result is there, and leaves a line in the log of the folder."""
 
+import hashlib
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxslm.checkpoint import load_manifest
 from jaxslm.config import Settings
+from jaxslm.data_files import file_sha256
 from jaxslm.errors import InputError
 from jaxslm.progress import console
 
@@ -25,6 +28,8 @@ class Stage:
         result: appears when all is done; None if the stage looks for itself what there is to do.
         parent: the checkpoint that `result`, a checkpoint too, is made from.
         measured: the checkpoints that `result`, no checkpoint, tells about.
+        made_of: tells what else `result` is made of, such as settings and files, from others; where it is another than
+            the log has, the result is removed and made anew.
     """
 
     title: str
@@ -34,36 +39,46 @@ class Stage:
     result: Path | None = None
     parent: Path | None = None
     measured: Sequence[Path] = ()
+    made_of: Callable[[], str] = str
 
 
 class _Entry(Settings):
-    """A line of the log: a stage, how long it took, and `identity` of what it measured, by name of the folder."""
+    """A line of the log: a stage, how long it took, and `identity` of what it measured, by name of the folder.
+
+    `made_of` is the stage's, if it ended well.
+    """
 
     stage: str
     seconds: float
     measured: dict[str, str] = {}
+    made_of: str = ""
 
 
 def run_stages(stages: Sequence[Stage], out: Path) -> None:
-    """Runs what is not done yet, in order.
+    """Runs what is not done yet, or is made of something else than what is there, in order.
 
     Raises:
         InputError: what is there was made from another checkpoint than the one that is there.
     """
     for number, stage in enumerate(stages, start=1):
         head = f"[bold]{number}/{len(stages)} {stage.title}.[/bold] "
+        made_of = stage.made_of()
         if stage.result is not None and stage.result.exists():
+            logged = _logged(out, stage.title)
             _check_parent(stage.result, stage.parent)
-            _check_measured(stage.result, stage.measured, _logged(out, stage.title))
-            console().print(head + f"Done already: {stage.result}")
-            continue
+            _check_measured(stage.result, stage.measured, logged.measured)
+            if logged.made_of == made_of:
+                console().print(head + f"Done already: {stage.result}")
+                continue
+            _remove(stage.result)
         console().print(head + stage.words + _expected(stage.expected_s))
-        start = time.perf_counter()
+        start, ended_well = time.perf_counter(), False
         try:
             stage.run()
+            ended_well = True
         finally:
             seconds = time.perf_counter() - start
-            _write_log(out, stage, seconds)
+            _write_log(out, stage, seconds, made_of if ended_well else "")
         if seconds >= 1:
             console().print(f"    {_duration(seconds)}", style="dim")
 
@@ -104,11 +119,28 @@ def identity(checkpoint: Path) -> str:
     return " ".join([manifest.params_sha256, *(manifest.extra[name].sha256 for name in sorted(manifest.extra))])
 
 
-def _logged(out: Path, title: str) -> dict[str, str]:
-    """Returns of which checkpoints a stage's result is, by name; nothing of a log that older versions wrote."""
-    if not (out / LOG).exists():
-        return {}
-    return next((entry.measured for entry in reversed(_read_log(out)) if entry.stage == title), {})
+def files_sha256(paths: Iterable[Path]) -> str:
+    """Returns one hash of files, and of those in folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _remove(result: Path) -> None:
+    if result.is_dir():
+        shutil.rmtree(result)
+    else:
+        result.unlink()
+
+
+def _logged(out: Path, title: str) -> _Entry:
+    """Returns the last line about a stage; logs that older versions wrote may lack it, or say less."""
+    entries = _read_log(out) if (out / LOG).exists() else []
+    nothing = _Entry(stage=title, seconds=0)
+    return next((entry for entry in reversed(entries) if entry.stage == title), nothing)
 
 
 def _read_log(out: Path) -> list[_Entry]:
@@ -118,9 +150,9 @@ def _read_log(out: Path) -> list[_Entry]:
         raise InputError(f"{out / LOG}: damaged; remove it") from None
 
 
-def _write_log(out: Path, stage: Stage, seconds: float) -> None:
+def _write_log(out: Path, stage: Stage, seconds: float, made_of: str) -> None:
     measured = {checkpoint.name: identity(checkpoint) for checkpoint in stage.measured if checkpoint.exists()}
-    entry = _Entry(stage=stage.title, seconds=round(seconds, 2), measured=measured)
+    entry = _Entry(stage=stage.title, seconds=round(seconds, 2), measured=measured, made_of=made_of)
     with (out / LOG).open("a", encoding="utf-8") as log:
         log.write(entry.model_dump_json(exclude_defaults=True) + "\n")
 

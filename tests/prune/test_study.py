@@ -96,3 +96,12 @@ def test_pruning_and_recovering_in_stages(tmp_path: Path) -> None:
     before = load_manifest(last)
     assert prune_gradually(dense, tmp_path / "stages", target, recovery, calibrated) == last
     assert load_manifest(last) == before
+    moved = recovery.model_copy(update={"save_every": 2})
+    assert prune_gradually(dense, tmp_path / "stages", target, moved, calibrated) == last
+    losses = recovery.losses.model_copy(update={"list_softmax": 0.5})
+    other = recovery.model_copy(update={"losses": losses, "steps": 8})
+    with pytest.raises(InputError, match=r"0-recovered: made with another losses, steps \(0-recovered.made-with"):
+        prune_gradually(dense, tmp_path / "stages", target, other, calibrated)
+    (tmp_path / "stages" / "0-pruned.made-with.json").unlink()
+    with pytest.raises(InputError, match=r"0-pruned: no 0-pruned\.made-with\.json says with what it was made"):
+        prune_gradually(dense, tmp_path / "stages", target, recovery, calibrated)
