@@ -75,8 +75,10 @@ def score_file(
             bar.advance(task, sum(each.num_items for each in group))
     seconds = time.perf_counter() - start
     if counts["truncated"]:
-        limit, cut = ranker.config.prompt.max_tokens, counts["truncated"]
-        console().print(f"{cut} of {num_items} items were cut to rows of {limit} tokens (field 'truncated')")
+        prompt = ranker.config.prompt
+        own = f"{prompt.max_item_tokens} tokens or " if prompt.max_item_tokens else ""
+        room = f"{own}the room in rows of {prompt.max_tokens} tokens"
+        console().print(f"{counts['truncated']} of {num_items} items were cut to {room} (field 'truncated')")
     return {
         "output": str(output),
         "requests": num_requests,
