@@ -266,7 +266,8 @@ def score(
         bool, typer.Option("--calibrated", help="Add P(yes) by the checkpoint's calibration.")
     ] = False,
     mode: Annotated[
-        Literal["text", "compressed"], typer.Option(help="compressed: items by id, from --store.")
+        Literal["text", "compressed"],
+        typer.Option(help="compressed: items by id, from --store, with what `text_fields` keep as text, if any."),
     ] = "text",
     store: Annotated[str | None, typer.Option("--store", metavar="URL", help="What `jaxslm encode` filled.")] = None,
     dtype: ScoringDtype = None,
