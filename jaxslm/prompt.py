@@ -6,7 +6,7 @@ anyway (before a space, after a newline, at a special token), so the ids equal t
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -180,9 +180,13 @@ class Prompt:
                 and than the row has room for.
 
         Raises:
-            InputError: an empty query, no items, an item without text, or no room for an item's body.
+            InputError: an empty query, no items, an item without text, or no room for an item's body; one text in place
+                of a sequence, or something that is no text.
         """
         prefix_ids = self.encode_query(query)
+        if isinstance(items, str | Item) or not isinstance(items, Iterable):
+            raise InputError(f"items: must be a list of texts, is one {type(items).__name__}")
+        items = list(items)
         if not items:
             raise InputError("items: a request needs at least one")
         fronts, bodies = zip(*(self._front_and_body(number, item) for number, item in enumerate(items)), strict=True)
@@ -212,8 +216,10 @@ class Prompt:
         """Returns what all items of a query share: the prompt's prefix and the query, never cut.
 
         Raises:
-            InputError: an empty query.
+            InputError: an empty query, or something that is no text.
         """
+        if not isinstance(query, str):
+            raise InputError(f"query: must be a text, is {type(query).__name__}")
         if not query.strip():
             raise InputError("query: must not be empty")
         return self.prefix_ids + self._ids(self._text_tokenizer, [" " + query.strip()], self.template.after_query)[0]
@@ -240,6 +246,8 @@ class Prompt:
         return self._ids(self._tokenizer, texts, add_special_tokens=True)
 
     def _front_and_body(self, number: int, item: str | Item) -> tuple[str, str]:
+        if not isinstance(item, str | Item):
+            raise InputError(f"item {number}: must be a text or an Item, is {type(item).__name__}")
         title, body = ("", item) if isinstance(item, str) else (item.title or "", item.text)
         title, body = title.strip(), body.strip()
         if not title and not body:
