@@ -109,6 +109,12 @@ def test_the_result_is_of_the_best_evaluation(toy: Path, tmp_path: Path, monkeyp
     assert not np.array_equal(best["final_norm"]["scale"], last["final_norm"]["scale"])
 
 
+def test_a_prompts_rows_are_no_longer_than_the_model_was_trained_for(toy: Path) -> None:
+    settings = toy_ranker(toy, 'prompt={template="yes-no", max_tokens=5000}')
+    with pytest.raises(InputError, match=r"settings: .*max_tokens 5000: the model was trained for rows of at most"):
+        load_start(settings, step.make_mesh(jax.devices()[:1]))
+
+
 def assert_padding_and_speed_are_told(settings: RankerTraining, out: Path) -> None:
     start = load_start(settings, step.make_mesh(jax.devices()[:1]))
     batches = ranker_batches(settings.data, start.prompt)
