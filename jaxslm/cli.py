@@ -1,12 +1,15 @@
 """The command line: human text on stderr, one JSON object as the last line of stdout.
 
 Exit codes: 0 done, 2 wrong usage or bad input (one clear line on stderr), 1 anything else (one clear line too where an
-item store cannot be reached). Verbs import what they need when they run, so that `--help` is instant.
+item store cannot be reached), 130 and 143 after Ctrl-C and SIGTERM, with nothing half-written. Verbs import what they
+need when they run, so that `--help` is instant.
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import typer
@@ -31,6 +34,7 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Runs the command line and exits with its code."""
+    former = signal.signal(signal.SIGTERM, _end)  # training and serving have handlers of their own
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="jaxslm", standalone_mode=False) or 0
     except InputError as error:
@@ -41,7 +45,14 @@ def main() -> None:
         code = _fail(getattr(error, "format_message", error.__str__)())
     except ModuleNotFoundError as error:
         code = _fail(f"this verb needs the package {error.name!r}: pip install 'jaxslm[train]'")
+    finally:
+        signal.signal(signal.SIGTERM, former)
     sys.exit(code)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Ends the process as Ctrl-C does: what is half-written is removed."""
+    sys.exit(128 + number)
 
 
 def _fail(message: str, code: int = 2) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -223,3 +224,30 @@ def test_help_answers_in_under_a_second_without_jax() -> None:
     seconds = os.times().children_user - user + time.process_time() - start
     assert done.stdout.splitlines()[-1] == "False"
     assert seconds < 1.0
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from jaxslm import cli
+from jaxslm.atomic import new_file
+@cli.app.command()
+def wait(out: Path) -> None:
+    with new_file(out):
+        print("begun", flush=True)
+        time.sleep(60)
+sys.argv = ["jaxslm", "wait", sys.argv[1]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_stopped_leaves_nothing(tmp_path: Path, sign: signal.Signals) -> None:
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(sign)
+        assert "Traceback" not in process.communicate()[1]
+    assert process.returncode == 128 + sign
+    assert list(tmp_path.iterdir()) == []
