@@ -79,16 +79,22 @@ def convert(
     out: NewPath,
     prompt: Annotated[
         TemplateName | None,
-        typer.Option(help="Prompt template; by default qwen3-reranker for the qwen3 family, else yes-no."),
+        typer.Option(
+            help="Prompt template; by default an export's own, or qwen3-reranker for the qwen3 family, else yes-no."
+        ),
     ] = None,
     instruction: Annotated[str | None, typer.Option(help="What relevance means, in a sentence.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest row; item bodies are cut to keep it.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest row, at most the model's; item bodies are cut to keep it.")
+    ] = None,
     max_item_tokens: Annotated[int | None, typer.Option(help="Most tokens of an item, behind any query.")] = None,
     labels: Annotated[
         tuple[str, str] | None, typer.Option(metavar="NO YES", help="Answer words, one token each; by default no, yes.")
     ] = None,
 ) -> None:
-    """Make a checkpoint from a Hugging Face folder, a hub id or a .gguf file.
+    """Make a checkpoint from a Hugging Face folder, a hub id or a .gguf file. Tokenizers must be byte-level BPE.
+
+    A folder that `jaxslm export` made keeps its prompt, where no option says otherwise, and its calibration.
 
     Example: jaxslm convert --from demo/model/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
     """

@@ -75,6 +75,14 @@ TEMPLATES = {
 }
 
 
+_SAMPLES = (
+    ("python developer", "Engineer (m/f).", "We pay 12 a day."),
+    ("soup with tofu?", "豆腐", "味噌!"),
+    ("12", "7", "(12)"),
+)
+"""A query, a title and a text of words, digits and punctuation, which tokenizers split in ways of their own."""
+
+
 def text_tokenizer(tokenizer_json: str) -> Tokenizer:
     """Returns a tokenizer that never reads text from users as control tokens: "<|im_end|>" in a posting stays text.
 
@@ -168,6 +176,22 @@ class Prompt:
         unset = {"max_item_tokens"} if self.config.max_item_tokens is None else set()
         parts = (vars(self.template), self.config.model_dump(exclude=unset), self.label_token_ids)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def text_of_row(self, query: str, item: str) -> str:
+        """Returns the whole text of a row, which nothing is cut from."""
+        words = self.template
+        prefix = words.prefix.format(instruction=self.config.instruction)
+        return f"{prefix} {query}{words.after_query} {item}{words.after_item}{words.suffix}"
+
+    def joins_as_one_text(self) -> bool:
+        """Whether this tokenizer reads pieces of a few sample rows as it reads the rows' whole texts."""
+        for query, title, text in _SAMPLES:
+            (front,) = self._ids(self._text_tokenizer, [f" {title}\n"])
+            (body,) = self._ids(self._text_tokenizer, [text], self.template.after_item)
+            (whole,) = self._ids(self._tokenizer, [self.text_of_row(query, f"{title}\n{text}")])
+            if [*self.encode_query(query), *front, *body, *self.suffix_ids] != whole:
+                return False
+        return True
 
     def encode(self, query: str, items: Sequence[str | Item], max_item_tokens: int | None = None) -> EncodedRequest:
         """Returns the rows of one request; does not depend on how items are grouped into requests.
