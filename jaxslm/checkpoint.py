@@ -134,12 +134,13 @@ def save_checkpoint(
     metrics: Mapping[str, float] | None = None,
     extra: Mapping[str, Tree] | None = None,
     compressor: CompressorConfig | None = None,
+    calibration: Calibration | None = None,
 ) -> Manifest:
     """Writes a checkpoint aside and renames it to `path`; returns its manifest.
 
     Args:
         extra: further items by name, nested dicts of arrays of any shapes and dtypes, as "masks" or "compressor".
-        compressor: what the item "compressor" is.
+        compressor: what the item "compressor" is. calibration: fitted for these very parameters and this prompt.
 
     Raises:
         InputError: `path` exists or cannot be written, the parameters do not have the shapes that `config` asks for,
@@ -184,6 +185,7 @@ def save_checkpoint(
                 for name, tree in extra.items()
             },
             compressor=compressor,
+            calibration=calibration,
         )
         (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest

@@ -1,12 +1,15 @@
 """The command line: human text on stderr, one JSON object as the last line of stdout.
 
 Exit codes: 0 done, 2 wrong usage or bad input (one clear line on stderr), 1 anything else (one clear line too where an
-item store cannot be reached). Verbs import what they need when they run, so that `--help` is instant.
+item store cannot be reached), 130 and 143 after Ctrl-C and SIGTERM, with nothing half-written. Verbs import what they
+need when they run, so that `--help` is instant.
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import typer
@@ -31,6 +34,7 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Runs the command line and exits with its code."""
+    former = signal.signal(signal.SIGTERM, _end)  # training and serving have handlers of their own
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="jaxslm", standalone_mode=False) or 0
     except InputError as error:
@@ -41,7 +45,14 @@ def main() -> None:
         code = _fail(getattr(error, "format_message", error.__str__)())
     except ModuleNotFoundError as error:
         code = _fail(f"this verb needs the package {error.name!r}: pip install 'jaxslm[train]'")
+    finally:
+        signal.signal(signal.SIGTERM, former)
     sys.exit(code)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Ends the process as Ctrl-C does: what is half-written is removed."""
+    sys.exit(128 + number)
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -68,16 +79,22 @@ def convert(
     out: NewPath,
     prompt: Annotated[
         TemplateName | None,
-        typer.Option(help="Prompt template; by default qwen3-reranker for the qwen3 family, else yes-no."),
+        typer.Option(
+            help="Prompt template; by default an export's own, or qwen3-reranker for the qwen3 family, else yes-no."
+        ),
     ] = None,
     instruction: Annotated[str | None, typer.Option(help="What relevance means, in a sentence.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest row; item bodies are cut to keep it.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest row, at most the model's; item bodies are cut to keep it.")
+    ] = None,
     max_item_tokens: Annotated[int | None, typer.Option(help="Most tokens of an item, behind any query.")] = None,
     labels: Annotated[
         tuple[str, str] | None, typer.Option(metavar="NO YES", help="Answer words, one token each; by default no, yes.")
     ] = None,
 ) -> None:
-    """Make a checkpoint from a Hugging Face folder, a hub id or a .gguf file.
+    """Make a checkpoint from a Hugging Face folder, a hub id or a .gguf file. Tokenizers must be byte-level BPE.
+
+    A folder that `jaxslm export` made keeps its prompt, where no option says otherwise, and its calibration.
 
     Example: jaxslm convert --from demo/model/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
     """
@@ -267,7 +284,8 @@ def score(
         bool, typer.Option("--calibrated", help="Add P(yes) by the checkpoint's calibration.")
     ] = False,
     mode: Annotated[
-        Literal["text", "compressed"], typer.Option(help="compressed: items by id, from --store.")
+        Literal["text", "compressed"],
+        typer.Option(help="compressed: items by id, from --store, with what `text_fields` keep as text, if any."),
     ] = "text",
     store: Annotated[str | None, typer.Option("--store", metavar="URL", help="What `jaxslm encode` filled.")] = None,
     dtype: ScoringDtype = None,

@@ -80,6 +80,9 @@ class ModelConfig(Settings):
         return self.mlp_width if isinstance(self.mlp_width, tuple) else (self.mlp_width,) * self.num_layers
 
 
+DEFAULT_MAX_TOKENS = 2048
+
+
 class PromptConfig(Settings):
     """Which prompt a ranker reads. The template's own words live in `jaxslm.prompt`.
 
@@ -87,7 +90,7 @@ class PromptConfig(Settings):
         template: "qwen3-reranker" (the published prompt of Qwen3-Reranker) or "yes-no" (a plain question) or
             "brief" (hardly a word per item and a question behind the query, for models that are trained to read it).
         instruction: what relevance means here, in a sentence.
-        max_tokens: longest row in tokens; only the item's body is cut to keep it.
+        max_tokens: longest row in tokens, at most the model's `max_positions`; only the item's body is cut to keep it.
         max_item_tokens: most tokens of an item, title and text, however much room its row has: what a ranker is trained
             on is then what it reads behind queries of any length. No limit but the row's if None.
         labels: the words for (no, yes), each one token of the tokenizer; the template's own if None.
@@ -95,7 +98,7 @@ class PromptConfig(Settings):
 
     template: TemplateName
     instruction: NonEmpty = "Given a web search query, retrieve relevant passages that answer the query"
-    max_tokens: Annotated[int, Field(ge=32)] = 2048
+    max_tokens: Annotated[int, Field(ge=32)] = DEFAULT_MAX_TOKENS
     max_item_tokens: Positive | None = None
     labels: Annotated[tuple[NonEmpty, NonEmpty], Field(strict=False)] | None = None
 
@@ -116,6 +119,15 @@ class RankerConfig(Settings):
         no, yes = self.label_token_ids
         if no == yes or not all(0 <= label < self.model.vocab_size for label in (no, yes)):
             raise ValueError(f"label_token_ids {self.label_token_ids} must be two ids below {self.model.vocab_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_are_no_longer_than_the_model_was_trained_for(self) -> "RankerConfig":
+        if self.prompt.max_tokens > self.model.max_positions:
+            raise ValueError(
+                f"prompt.max_tokens {self.prompt.max_tokens}: the model was trained for rows of at most"
+                f" {self.model.max_positions} tokens (max_positions)"
+            )
         return self
 
 

@@ -6,7 +6,7 @@ anyway (before a space, after a newline, at a special token), so the ids equal t
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,6 +73,14 @@ TEMPLATES = {
         gathers_query=True,
     ),
 }
+
+
+_SAMPLES = (
+    ("python developer", "Engineer (m/f).", "We pay 12 a day."),
+    ("soup with tofu?", "豆腐", "味噌!"),
+    ("12", "7", "(12)"),
+)
+"""A query, a title and a text of words, digits and punctuation, which tokenizers split in ways of their own."""
 
 
 def text_tokenizer(tokenizer_json: str) -> Tokenizer:
@@ -169,6 +177,22 @@ class Prompt:
         parts = (vars(self.template), self.config.model_dump(exclude=unset), self.label_token_ids)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def text_of_row(self, query: str, item: str) -> str:
+        """Returns the whole text of a row, which nothing is cut from."""
+        words = self.template
+        prefix = words.prefix.format(instruction=self.config.instruction)
+        return f"{prefix} {query}{words.after_query} {item}{words.after_item}{words.suffix}"
+
+    def joins_as_one_text(self) -> bool:
+        """Whether this tokenizer reads pieces of a few sample rows as it reads the rows' whole texts."""
+        for query, title, text in _SAMPLES:
+            (front,) = self._ids(self._text_tokenizer, [f" {title}\n"])
+            (body,) = self._ids(self._text_tokenizer, [text], self.template.after_item)
+            (whole,) = self._ids(self._tokenizer, [self.text_of_row(query, f"{title}\n{text}")])
+            if [*self.encode_query(query), *front, *body, *self.suffix_ids] != whole:
+                return False
+        return True
+
     def encode(
         self,
         query: str,
@@ -187,9 +211,13 @@ class Prompt:
             numbers: what messages call the items, where they are some of a request's; 0, 1, .. if None.
 
         Raises:
-            InputError: an empty query, no items, an item without text, or no room for an item's body.
+            InputError: an empty query, no items, an item without text, or no room for an item's body; one text in place
+                of a sequence, or something that is no text.
         """
         prefix_ids = self.encode_query(query)
+        if isinstance(items, str | Item) or not isinstance(items, Iterable):
+            raise InputError(f"items: must be a list of texts, is one {type(items).__name__}")
+        items = list(items)
         if not items:
             raise InputError("items: a request needs at least one")
         numbers = range(len(items)) if numbers is None else numbers
@@ -220,8 +248,10 @@ class Prompt:
         """Returns what all items of a query share: the prompt's prefix and the query, never cut.
 
         Raises:
-            InputError: an empty query.
+            InputError: an empty query, or something that is no text.
         """
+        if not isinstance(query, str):
+            raise InputError(f"query: must be a text, is {type(query).__name__}")
         if not query.strip():
             raise InputError("query: must not be empty")
         return self.prefix_ids + self._ids(self._text_tokenizer, [" " + query.strip()], self.template.after_query)[0]
@@ -248,6 +278,8 @@ class Prompt:
         return self._ids(self._tokenizer, texts, add_special_tokens=True)
 
     def _front_and_body(self, number: int, item: str | Item) -> tuple[str, str]:
+        if not isinstance(item, str | Item):
+            raise InputError(f"item {number}: must be a text or an Item, is {type(item).__name__}")
         title, body = ("", item) if isinstance(item, str) else (item.title or "", item.text)
         title, body = title.strip(), body.strip()
         if not title and not body:

@@ -254,6 +254,7 @@ def test_wrong_manifest(damaged: Path, changes: dict[str, Any], message: str) ->
         (("model", "tie_embeddings"), False, "params: .*head.* has shape None"),
         (("model", "gating"), "relu", "ranker.model.gating: Extra inputs are not permitted"),
         (("prompt", "max_tokens"), 64, "made for another version of prompt"),
+        (("prompt", "max_tokens"), 4097, "ranker: prompt.max_tokens 4097: the model was trained for rows of at most"),
         (("prompt", "template"), "poem", "ranker.prompt.template: Input should be"),
         (("label_token_ids",), [3, 3], "ranker: label_token_ids"),
         (("label_token_ids",), [3, 4], "label_token_ids .3, 4. of the manifest are not the tokenizer's"),

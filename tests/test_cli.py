@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,13 +75,21 @@ def test_score_writes_what_the_library_returns(run: Run, model: Path, tmp_path: 
     assert code == 0
     assert summary is not None
     assert (summary["requests"], summary["items"], summary["truncated"]) == (2, 4, 1)
-    assert "1 of 4 items were cut" in stderr
+    assert "1 of 4 items were cut to the room in rows of 512 tokens" in stderr
     first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     ranker = jaxslm.load(model, dtype)
     np.testing.assert_allclose(first["scores"], ranker.score("python developer", texts), atol=1e-6)
     assert first["truncated"] == [False, False, True]
     logits = np.array(second["logits"])
     np.testing.assert_allclose(second["scores"], 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+
+def test_score_says_both_limits_of_an_item(run: Run, tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "ranker", tiny_config(), max_item_tokens=9)
+    requests = write_requests(tmp_path / "in.jsonl", {"query": "q", "items": [{"text": "x" * 40}, {"text": "x"}]})
+    code, _, stderr = run("score", "--model", model, "--input", requests, "--output", tmp_path / "out.jsonl")
+    assert code == 0
+    assert "1 of 2 items were cut to 9 tokens or the room in rows of 2048 tokens" in stderr
 
 
 GOOD = '{"query": "q", "items": [{"text": "t"}]}\n'
@@ -240,3 +249,30 @@ def test_options_of_pruning_that_change_nothing_are_refused(
     assert code == 2
     assert error.startswith(f"jaxslm: error: {line}")
     assert not list(tmp_path.iterdir())
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from jaxslm import cli
+from jaxslm.atomic import new_file
+@cli.app.command()
+def wait(out: Path) -> None:
+    with new_file(out):
+        print("begun", flush=True)
+        time.sleep(60)
+sys.argv = ["jaxslm", "wait", sys.argv[1]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_stopped_leaves_nothing(tmp_path: Path, sign: signal.Signals) -> None:
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(sign)
+        assert "Traceback" not in process.communicate()[1]
+    assert process.returncode == 128 + sign
+    assert list(tmp_path.iterdir()) == []

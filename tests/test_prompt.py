@@ -1,7 +1,10 @@
 """Prompts as token ids: the bytes of the templates, seams, control tokens, truncation, hashes."""
 
 from functools import cache
+from typing import Any
 
+import jaxtyping
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -179,6 +182,30 @@ def test_unusable_requests_are_refused(query: str, items: list[str | Item], mess
     with pytest.raises(InputError, match=message) as caught:
         prompt().encode(query, items)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("query", "items", "message"),
+    [
+        (None, ["x"], "query: must be a text, is NoneType"),
+        ("job", "one text", "items: must be a list of texts, is one str"),
+        ("job", Item(id="a", text="x"), "items: must be a list of texts, is one Item"),
+        ("job", None, "items: must be a list of texts, is one NoneType"),
+        ("job", ["x", None], "item 1: must be a text or an Item, is NoneType"),
+        ("job", [{"text": "x"}], "item 0: must be a text or an Item, is dict"),
+        ("job", np.array([["x"]]), "item 0: must be a text or an Item, is ndarray"),
+    ],
+)
+def test_what_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch, query: Any, items: Any, message: str) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it checks types in tests alone
+    with pytest.raises(InputError, match=message):
+        prompt().encode(query, items)
+
+
+def test_texts_may_be_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    texts: Any = np.array(["a", "b c"])
+    assert prompt().encode("job", texts) == prompt().encode("job", ["a", "b c"])
 
 
 def test_labels_are_single_tokens() -> None:

@@ -12,9 +12,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxslm.atomic import cannot_write, new_folder, refuse_existing
-from jaxslm.checkpoint import Checkpoint, load_checkpoint
+from jaxslm.checkpoint import Checkpoint, load_checkpoint, params_sha256
 from jaxslm.config import ModelConfig
 from jaxslm.convert.hf import NAMES
+from jaxslm.convert.ranker_file import RANKER_FILE, RankerFile
 from jaxslm.convert.tensors import is_matrix
 from jaxslm.convert.uniform import fill_up
 from jaxslm.errors import InputError
@@ -53,8 +54,8 @@ an attention mask. No row ends in it by itself."""
 def export_hf(checkpoint: Path, out: Path, *, classifier: bool = False) -> dict[str, Any]:
     """Writes a checkpoint as a Hugging Face folder: config, safetensors, tokenizer and a card that states the prompt.
 
-    Values and dtype of the parameters are kept, so `jaxslm convert` gives them back bit for bit. (The card's prompt is
-    for people: `convert` is told the prompt by its options.) A Hugging Face config has one width for all layers: where
+    Values and dtype of the parameters are kept, so `jaxslm convert` gives them back bit for bit; `jaxslm.json` tells it
+    prompt and calibration (the card's prompt is for people). A Hugging Face config has one width for all layers: where
     pruning left several, narrower layers are filled up with zeros.
 
     Args:
@@ -79,11 +80,18 @@ def export_hf(checkpoint: Path, out: Path, *, classifier: bool = False) -> dict[
     tensors = hf_tensors(params)
     if classifier:
         tensors = classifier_tensors(tensors, params, loaded.config.label_token_ids)
+    ranker = RankerFile(
+        prompt=loaded.config.prompt,
+        calibration=loaded.manifest.calibration,
+        params_sha256=params_sha256(params),
+        template_sha256=loaded.manifest.template_sha256,
+    )
     with new_folder(out) as folder:
         try:
             write_hf_model(folder, config, tensors)
             for name, content in tokens.files().items():
                 (folder / name).write_bytes(content)
+            (folder / RANKER_FILE).write_text(ranker.model_dump_json(indent=1) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(_card(loaded, tokens.ids["pad"], classifier=classifier), encoding="utf-8")
         except OSError as error:
             raise cannot_write(out, error) from error
@@ -221,9 +229,8 @@ class _Tokens:
 
 
 def _card(checkpoint: Checkpoint, pad: int | None, *, classifier: bool) -> str:
-    words, (no, yes) = checkpoint.prompt.template, checkpoint.config.label_token_ids
-    prefix = words.prefix.format(instruction=checkpoint.config.prompt.instruction)
-    row = f"{prefix} {{query}}{words.after_query} {{item}}{words.after_item}{words.suffix}"
+    no, yes = checkpoint.config.label_token_ids
+    row = checkpoint.prompt.text_of_row("{query}", "{item}")
     return _CARD.format(
         pipeline="text-classification" if classifier else "text-generation",
         source=checkpoint.manifest.source,

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import lmdb
 
 from jaxslm.errors import InputError
+from jaxslm.items.lmdb_pages import misses_pages
 from jaxslm.items.store import Store, StoreUnavailable, id_of, key_of, required_key_of
 
 _PAGE_HEADER_BYTES = 16
@@ -52,15 +53,16 @@ class LmdbStore(Store):
         except (lmdb.Error, OSError) as error:
             raise StoreUnavailable(f"store {path}: {error}") from None
         try:
+            self._page_bytes = self._env.stat()["psize"]
+            self._check_whole(path / "data.mdb")
             if not read_only and self._env.stat()["entries"] > 2:
                 raise InputError(f"store {path}: an LMDB folder of something else")
-            self._page_bytes = self._env.stat()["psize"]
             self._heads = self._env.open_db(b"heads", create=not read_only)
             self._tails = self._env.open_db(b"tails", create=not read_only)
         except lmdb.NotFoundError:
             self._env.close()
             raise InputError(f"store {path}: an LMDB folder of something else") from None
-        except lmdb.Error as error:
+        except (lmdb.Error, OSError) as error:
             self._env.close()
             raise StoreUnavailable(f"store {path}: {error}") from None
 
@@ -124,6 +126,17 @@ class LmdbStore(Store):
         """See Store. Waits for the transactions of other threads."""
         with self._gate.alone():
             self._env.close()
+
+    def _check_whole(self, file: Path) -> None:
+        """Raises StoreUnavailable if the file ends before a page in use, which is asked only where it may."""
+        needed = (self._env.info()["last_pgno"] + 1) * self._page_bytes
+        found = file.stat().st_size  # after `needed`: a writer makes the file longer before it says so
+        if found >= needed:
+            return
+        with self._env.begin() as transaction:
+            cut = misses_pages(file, self._page_bytes, transaction.id())
+        if cut:
+            raise StoreUnavailable(f"store {self.url}: data.mdb is cut off, it has {found:,} of {needed:,} bytes")
 
     def _cut(self, size: int) -> int:
         """Returns where a value of `size` bytes is cut: before its last page if less than a quarter of that is full."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float32
 
 from jaxslm.compress.splice import override, splice
 from jaxslm.config import Bucket, BucketConfig, RankerConfig
+from jaxslm.errors import InputError
 from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import label_logits, label_rows, log_probabilities
 from jaxslm.model.layout import Layout, Rows, SharedPrefix
@@ -31,6 +32,9 @@ Result = tuple[Array, ...]
 LABEL_ROWS = 32
 """Items whose log-probabilities are computed together."""
 
+COMPUTE_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+"""What a ranker may compute in; `--dtype` and settings offer the first two."""
+
 ScoreFn = jax.stages.Wrapped
 """A jitted function of `(params, batch)`: call it, or `lower` it."""
 
@@ -38,6 +42,18 @@ ScoreFn = jax.stages.Wrapped
 def compute_dtype(platform: str | None = None) -> jnp.dtype:
     """The number type of a platform, JAX's default one if None: bfloat16 on GPU and TPU, float32 on CPU."""
     return jnp.dtype(jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16)
+
+
+def checked_dtype(dtype: DTypeLike | None, platform: str) -> jnp.dtype:
+    """Returns the compute dtype asked for, the platform's if None; raises InputError for one that holds no logits."""
+    try:
+        used = compute_dtype(platform) if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        used = None
+    if used not in COMPUTE_DTYPES:
+        known = ", ".join(each.name for each in COMPUTE_DTYPES)
+        raise InputError(f"dtype {dtype if used is None else used.name}: scores are computed in {known}")
+    return used
 
 
 def make_score_fn(
@@ -60,7 +76,8 @@ def make_score_fn(
         devices: with n > 1 of them, every array of the batch and the logits have a leading axis [n], one part for each
             device, and the parameters must be on all of them (`jaxslm.score.parallel.replicate`). All local
             accelerators if None; on a CPU one device, which uses all cores.
-        dtype: compute dtype; `compute_dtype` of the devices' platform if None.
+        dtype: compute dtype, one of COMPUTE_DTYPES (InputError otherwise); `compute_dtype` of the devices' platform if
+            None.
         implementation: of the ops that have kernels: "xla", "mosaic_gpu", or None for the fastest one measured on this
             device (`pallas_kernels.dispatch.explain` says which). Tracing raises ValueError if it cannot run.
         with_states: returns `(logits, states)`: beside the logits the final states [R, J, D] or [B, D] that they are
@@ -70,7 +87,7 @@ def make_score_fn(
     platform = used[0].platform
     if implementation is None and platform == "cpu" and jax.default_backend() != "cpu":
         implementation = XLA  # kernels are chosen for the default device, which runs nothing of this
-    return _make_score_fn(config, used, jnp.dtype(dtype or compute_dtype(platform)), implementation, with_states)
+    return _make_score_fn(config, used, checked_dtype(dtype, platform), implementation, with_states)
 
 
 @cache
@@ -145,7 +162,7 @@ class CompiledScorer:
         """
         self.config = config
         self.devices = tuple(scoring_devices(devices))
-        self.dtype = jnp.dtype(dtype or compute_dtype(self.devices[0].platform))
+        self.dtype = checked_dtype(dtype, self.devices[0].platform)
         self.buckets = buckets or default_buckets(self.devices[0].platform)
         self.params: Params = replicate(jax.tree.map(lambda leaf: leaf.astype(self.dtype), params), self.devices)
         self.score_fn = make_score_fn(config, self.devices, self.dtype, implementation, with_states=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxslm.atomic import new_file, refuse_existing
 from jaxslm.config import BucketConfig, ComputeDtype, load_toml
-from jaxslm.data_files import Request, read_records
+from jaxslm.data_files import Request, RequestItem, read_records
 from jaxslm.errors import InputError
 from jaxslm.progress import console, progress
 
@@ -38,7 +38,8 @@ def score_file(
 
     With a store, items are read by their ids as embedding tokens, and a line holds "status" in place of "truncated":
     "found", or why an item's score is null: "not_found", "stale" (made for another model) or "corrupt". Where the
-    compressor has `text_fields`, an item's text is what it reads of them; otherwise it is not read.
+    compressor has `text_fields`, every item needs a text too: what `jaxslm.compress.splice.text_of` gives of its
+    fields, which may be empty. Otherwise it is not read.
 
     Args:
         store: URL of an item store; None scores texts.
@@ -55,7 +56,7 @@ def score_file(
     if calibrated:
         _check_calibration(model)
     fitted = load_toml(buckets, BucketConfig) if buckets else None
-    num_items = _checked_items(input_file, by_id=store is not None)
+    num_items = _checked_items(input_file) if store is None else _checked_ids(input_file, _text_fields(model))
 
     from jaxslm.score.scorer import load
 
@@ -75,8 +76,10 @@ def score_file(
             bar.advance(task, sum(each.num_items for each in group))
     seconds = time.perf_counter() - start
     if counts["truncated"]:
-        limit, cut = ranker.config.prompt.max_tokens, counts["truncated"]
-        console().print(f"{cut} of {num_items} items were cut to rows of {limit} tokens (field 'truncated')")
+        prompt = ranker.config.prompt
+        own = f"{prompt.max_item_tokens} tokens or " if prompt.max_item_tokens else ""
+        room = f"{own}the room in rows of {prompt.max_tokens} tokens"
+        console().print(f"{counts['truncated']} of {num_items} items were cut to {room} (field 'truncated')")
     return {
         "output": str(output),
         "requests": num_requests,
@@ -207,15 +210,41 @@ def _check_calibration(model: Path) -> None:
         raise InputError(f"{model}: carries no calibration; `jaxslm calibrate` makes a checkpoint that does")
 
 
-def _checked_items(input_file: Path, *, by_id: bool) -> int:
-    """Returns the number of items of a file of requests; raises InputError if a line breaks a rule."""
+def _text_fields(model: Path) -> Sequence[str]:
+    from jaxslm.checkpoint import load_manifest
+
+    compressor = load_manifest(model).compressor
+    return compressor.text_fields if compressor is not None else ()
+
+
+def _checked_items(input_file: Path) -> int:
+    """Returns the number of items of a file of requests; raises InputError if one has no text."""
     num_items = 0
-    for number, request in enumerate(read_records(input_file, Request), start=1):
-        num_items += len(request.items)
-        for place, item in enumerate(request.items):
-            where = f"{input_file}: request {number}: items.{place}"
-            if by_id and item.id is None:
-                raise InputError(f"{where}.id: needed to find the item in the store")
-            if not by_id and not (item.text or "").strip():
-                raise InputError(f"{where}.text: must not be empty")
+    for where, item in _items(input_file):
+        if not (item.text or "").strip():
+            raise InputError(f"{where}.text: must not be empty")
+        num_items += 1
     return num_items
+
+
+def _checked_ids(input_file: Path, text_fields: Sequence[str]) -> int:
+    """Returns the number of items of a file of requests; raises InputError if one has no id, or no text of its fields.
+
+    A text may be empty: not every item has these fields.
+    """
+    num_items = 0
+    for where, item in _items(input_file):
+        if item.id is None:
+            raise InputError(f"{where}.id: needed to find the item in the store")
+        if text_fields and item.text is None:
+            fields = ", ".join(text_fields)
+            raise InputError(f"{where}.text: needed: this compressor reads {fields} beside the vectors (may be empty)")
+        num_items += 1
+    return num_items
+
+
+def _items(input_file: Path) -> Iterator[tuple[str, RequestItem]]:
+    """Yields the items of all requests, and where they stand."""
+    for number, request in enumerate(read_records(input_file, Request), start=1):
+        for place, item in enumerate(request.items):
+            yield f"{input_file}: request {number}: items.{place}", item

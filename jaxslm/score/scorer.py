@@ -106,7 +106,8 @@ class Ranker:
         `score_request` says which.
 
         Raises:
-            InputError: an empty query, no items, an item without text, or a query that leaves no room for items.
+            InputError: an empty query, no items, an item without text, or a query that leaves no room for items; one
+                text in place of a sequence, or something that is no text.
         """
         return self.score_request(query, items).probabilities
 
@@ -198,13 +199,14 @@ def load(
     """Returns the ranker of a checkpoint folder.
 
     Args:
-        dtype: compute dtype; float32 on CPU and bfloat16 elsewhere if None.
+        dtype: compute dtype: float32, bfloat16 or float16; float32 on CPU and bfloat16 elsewhere if None.
         devices: where to score; all local accelerators, or the CPU, if None.
         buckets: the shapes to compile, fitted to the traffic; those of `default_buckets` if None. Shapes for embedding
             tokens are added if they have none for any and the checkpoint reads them.
 
     Raises:
-        InputError: no checkpoint there, another format version, a damaged one, or an empty list of devices.
+        InputError: no checkpoint there, another format version, a damaged one, another dtype, or an empty list of
+            devices.
     """
     return Ranker(load_checkpoint(Path(path)), dtype, devices, buckets)
 

@@ -189,6 +189,13 @@ class Preparer:
             raise invalid("item_first: the ranker's own prompt has the query first", "item_first")
         if body.item_ids is not None and body.item_embeddings is not None:
             raise invalid("item_ids, item_embeddings: either, not both", "item_ids")
+        scorer = self._ranker.vector_scorer
+        if body.item_ids is not None and body.on_miss == "text" and scorer is not None and scorer.reads_texts:
+            raise invalid(
+                'on_miss: must be "fail" or "skip": with this compressor the text of an item with an id is what is read'
+                " beside its vectors",
+                "on_miss",
+            )
         if body.item_embeddings is not None:
             array = decode(body.item_embeddings, self._ranker.config.model.width)
             prepared = Prepared.of(len(array))

@@ -75,7 +75,9 @@ class ScoreRequest(Body):
     )
     item_embeddings: EmbeddingArray | None = None
     on_miss: OnMiss = Field(
-        "fail", description="an id without usable vectors: refuse (404), score its text in `items`, or leave it out"
+        "fail",
+        description="an id without usable vectors: refuse (404), score its text in `items` (not where the compressor"
+        " reads that beside vectors), or leave it out",
     )
     max_tokens_per_item: Annotated[int, Field(gt=0)] | None = None
 

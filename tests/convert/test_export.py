@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,14 @@ import pytest
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from jaxslm.checkpoint import load_checkpoint, save_checkpoint
-from jaxslm.config import ModelConfig
+from jaxslm.checkpoint import copy_calibrated, load_checkpoint, save_checkpoint
+from jaxslm.config import Calibration, ModelConfig, PromptConfig
 from jaxslm.convert import convert, export
 from jaxslm.convert.export import export_hf
 from jaxslm.errors import InputError
 from jaxslm.model.cost import count_parameters
 from jaxslm.prompt import Prompt
-from jaxslm.score.scorer import Ranker
+from jaxslm.score.scorer import Ranker, load
 from tests.tiny import TINY_CONFIGS, tiny_checkpoint, tiny_config, tiny_params, tiny_ranker_config, tiny_tokenizer_json
 
 UNIFORM = {name: config for name, config in TINY_CONFIGS.items() if name != "qwen3-non-uniform"}
@@ -107,7 +108,7 @@ def test_convert_gives_the_parameters_back_bit_for_bit(tmp_path: Path, name: str
     files = {"tokenizer.json": tiny_tokenizer_json().encode(), "tokenizer_config.json": b'{"eos_token": "<|im_end|>"}'}
     made = save_checkpoint(tmp_path / "ckpt", config, params, files, source="random")
     export_hf(tmp_path / "ckpt", tmp_path / "hf")
-    back = convert(str(tmp_path / "hf"), tmp_path / "back", template="qwen3-reranker")
+    back = convert(str(tmp_path / "hf"), tmp_path / "back")
     assert back.params_sha256 == made.params_sha256
     assert back.ranker == made.ranker
     assert back.tokenizer_sha256 == made.tokenizer_sha256
@@ -117,6 +118,61 @@ def test_convert_gives_the_parameters_back_bit_for_bit(tmp_path: Path, name: str
         TOKENIZER.token_to_id("<|im_end|>"),
         dtype,
     )
+
+
+PROMPT: dict[str, Any] = {
+    "template": "yes-no",
+    "instruction": "Given a search, find jobs",
+    "max_tokens": 300,
+    "max_item_tokens": 9,
+    "labels": (" the", " job"),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a calibrated checkpoint, "ckpt", whose prompt is nobody's default, and its export, "hf"."""
+    root = tmp_path_factory.mktemp("own-prompt")
+    plain = tiny_checkpoint(root / "plain", TINY_CONFIGS["qwen3-non-uniform"], **PROMPT)
+    copy_calibrated(plain, root / "ckpt", Calibration(method="platt", scale=0.5, bias=0.25), {})
+    export_hf(root / "ckpt", root / "hf")
+    return root
+
+
+def test_convert_gives_prompt_and_calibration_back(tmp_path: Path, exported: Path) -> None:
+    back = convert(str(exported / "hf"), tmp_path / "back")
+    assert back.ranker.prompt == PromptConfig(**PROMPT)
+    texts = ["a python job", "developer " * 20]
+    found, expected = (load(path).score_request("job?", texts) for path in (tmp_path / "back", exported / "ckpt"))
+    np.testing.assert_allclose(found.log_odds, expected.log_odds, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.calibrated, expected.calibrated, rtol=0, atol=1e-5)
+    assert found.truncated == expected.truncated == [False, True]
+
+
+def test_options_win_over_an_exports_prompt_and_end_its_calibration(
+    tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    back = convert(str(exported / "hf"), tmp_path / "back", max_item_tokens=7)
+    assert back.ranker.prompt == PromptConfig(**PROMPT | {"max_item_tokens": 7})
+    assert back.calibration is None
+    assert "the calibration is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": PROMPT | {"max_tokens": 8}}, "jaxslm.json: prompt.max_tokens: Input should be greater than"),
+        ({"more": 1}, "jaxslm.json: more: Extra inputs are not permitted"),
+        ("{", "jaxslm.json: broken JSON"),
+    ],
+)
+def test_what_an_export_says_is_checked(tmp_path: Path, exported: Path, change: Any, message: str) -> None:
+    shutil.copytree(exported / "hf", tmp_path / "hf")
+    file = tmp_path / "hf" / "jaxslm.json"
+    file.write_text(change if isinstance(change, str) else json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        convert(str(tmp_path / "hf"), tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def made(path: Path, model: ModelConfig | None = None, **config: Any) -> Path:
@@ -173,7 +229,7 @@ def test_narrower_layers_are_filled_up_with_zeros(tmp_path: Path) -> None:
     """Layers of (48, 16, 40) neurons and (2, 1, 2) KV groups: what is added is zero, and scores stay."""
     ckpt = tiny_checkpoint(tmp_path / "ckpt", TINY_CONFIGS["qwen3-non-uniform"])
     written = export_hf(ckpt, tmp_path / "hf")
-    back = convert(str(tmp_path / "hf"), tmp_path / "back", template="qwen3-reranker")
+    back = convert(str(tmp_path / "hf"), tmp_path / "back")
     assert (back.ranker.model.mlp_width, back.ranker.model.num_kv_heads) == (48, 2)
     neurons, groups = 3 * 32 * (32 + 8), 2 * 32 * 8 * (2 + 1)  # gate, up, down; q and o of two heads, k and v of one
     assert written["zeros_added"] == neurons + groups

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.flax import save_file as save_flax_file
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxslm.checkpoint import load_checkpoint
 from jaxslm.config import RopeScaling
@@ -257,3 +258,23 @@ def test_prompt_settings(folder: Path) -> None:
     assert (prompt.template, prompt.instruction, prompt.max_tokens) == ("yes-no", "Find it", 99)
     with pytest.raises(InputError, match="prompt: max_tokens"):
         convert(str(folder), folder.parent / "other", max_tokens=3)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_tokenizers_that_are_not_byte_level_are_refused(folder: Path, scheme: Any) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vocab = tokenizer.get_vocab(with_added_tokens=False) | {"▁": 370, "▁a": 371, "▁b": 372}
+    tokenizer.model = models.BPE(vocab=vocab, merges=[("▁", "a"), ("▁", "b")], unk_token="x")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(InputError, match="SentencePiece kind do; it must be byte-level BPE"):
+        convert(str(folder), folder.parent / "ckpt", labels=("a", "b"))
+    assert not (folder.parent / "ckpt").exists()
+
+
+def test_rows_are_no_longer_than_the_model_was_trained_for(folder: Path) -> None:
+    edit_config(folder, max_position_embeddings=256)
+    assert convert(str(folder), folder.parent / "by-default").ranker.prompt.max_tokens == 256
+    with pytest.raises(InputError, match=r"max_tokens 257: the model was trained for rows of at most 256 tokens"):
+        convert(str(folder), folder.parent / "ckpt", max_tokens=257)
+    assert not (folder.parent / "ckpt").exists()

@@ -242,6 +242,28 @@ def test_a_damaged_file_is_unavailable(tmp_path: Path) -> None:
         open_store(str(tmp_path))
 
 
+@pytest.mark.parametrize("bytes_lost", [1, 4096, 500_000])
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_file_that_is_cut_off_is_unavailable(tmp_path: Path, bytes_lost: int, read_only: bool) -> None:
+    with open_store(str(tmp_path)) as store:
+        store.put({f"item-{n}": b"x" * 8800 for n in range(100)})
+    os.truncate(tmp_path / "data.mdb", (tmp_path / "data.mdb").stat().st_size - bytes_lost)
+    with pytest.raises(StoreUnavailable, match=f"store {tmp_path}: data.mdb is cut off"):
+        open_store(str(tmp_path), read_only=read_only)
+
+
+def test_a_file_that_is_shorter_than_its_pages_but_whole_opens(tmp_path: Path) -> None:
+    names = [f"{n:04}" for n in range(60)]
+    with open_store(str(tmp_path)) as store:  # LMDB never writes the last page that this makes and frees
+        store.put(dict.fromkeys(names[11:35], b"x" * 8800))
+        store.put(dict.fromkeys(names[50:53], b"x" * 3000))
+        store.delete(names[17:34])
+        store.put(dict.fromkeys(names[13:53], b"x" * 10))
+        assert file_bytes(store) < 4096 * (store._env.info()["last_pgno"] + 1)  # type: ignore[attr-defined]
+    with open_store(str(tmp_path), read_only=True) as store:
+        assert None not in store.get(names[11:53])
+
+
 def test_a_closed_store_is_unavailable(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.close()

@@ -12,7 +12,9 @@ from jaxslm import cli
 from jaxslm.compress.encoder import load_encoder
 from jaxslm.items.record import Record, RecordIdentity, pack_record
 from jaxslm.items.store import open_store
-from jaxslm.score.scorer import Ranker
+from jaxslm.score import scorer
+from jaxslm.score.scorer import Ranker, load
+from tests.compress.tiny_compressor import compressor_checkpoint
 
 TEXTS = {"a": "python developer", "b": "nurse", "c": "night shift welder", "d": "pilot"}
 
@@ -130,6 +132,32 @@ def test_arguments_that_do_not_fit(tmp_path: Path, checkpoint: Path, store: Path
     assert "belong together" in capsys.readouterr().err
     assert run("score", "--model", checkpoint, "--mode", "compressed", "--store", store, *files) == 2
     assert "items.0.id: needed to find the item in the store" in capsys.readouterr().err
+
+
+def test_text_beside_vectors_is_needed_before_any_work(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields: dict[str, Any] = {"ks": (2,), "text_fields": ("title",), "max_text_tokens": 4}
+    checkpoint = compressor_checkpoint(tmp_path / "ckpt", **fields)
+    encoder = load_encoder(checkpoint)
+    vectors = encoder.encode(list(TEXTS.values()), 2)
+    store = fill(tmp_path / "store", encoder.identity, vectors)
+    items = [{"id": "a", "text": "developer"}, {"id": "b", "text": ""}]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"query": "python", "items": items}) + "\n")
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    arguments = ("score", "--model", checkpoint, "--mode", "compressed", "--store", store, *files)
+    assert run(*arguments) == 0
+    expected = load(checkpoint).score_vectors("python", vectors[:2], ["developer", ""]).log_odds
+    np.testing.assert_allclose(json.loads((tmp_path / "out.jsonl").read_text())["logits"], expected, atol=1e-5)
+
+    (tmp_path / "out.jsonl").unlink()
+    capsys.readouterr()
+    (tmp_path / "in.jsonl").write_text('{"query": "python", "items": [{"id": "a", "text": "x"}, {"id": "b"}]}\n')
+    monkeypatch.setattr(scorer, "load", lambda *arguments, **options: pytest.fail("must not load"))
+    assert run(*arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "request 1: items.1.text: needed: this compressor reads title beside the vectors" in line
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def write_data(folder: Path, ids: list[str], queries: int = 1) -> Path:

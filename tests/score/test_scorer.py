@@ -92,6 +92,13 @@ def test_there_is_a_device(ranker: Ranker, tmp_path: Path) -> None:
         make_score_fn(CONFIG, devices=[])
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float64", "float8_e4m3fn", "bool", "floating"])
+def test_scores_are_computed_in_floats_that_hold_them(tmp_path: Path, dtype: str) -> None:
+    path = tiny_checkpoint(tmp_path / "ckpt", CONFIG.model)
+    with pytest.raises(InputError, match=f"dtype {dtype}: scores are computed in float32, bfloat16, float16"):
+        load(path, dtype=dtype)
+
+
 def small_batch() -> dict[str, np.ndarray]:
     ((forward,),) = Packer(BucketConfig(buckets=(SMALL,))).pack([PackRequest([1, 2, 3], [[4, 5], [6], [7, 8, 9]])])
     return forward.batch

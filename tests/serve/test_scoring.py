@@ -22,10 +22,15 @@ from jaxslm.model.decoder import Decoder, Params
 from jaxslm.model.head import vocab_logits
 from jaxslm.model.layout import Rows
 from jaxslm.score.forward import PackRequest
-from jaxslm.score.scorer import Ranker
+from jaxslm.score.scorer import Ranker, load
 from jaxslm.serve.engine import Engine
+from jaxslm.serve.errors import ApiError
+from jaxslm.serve.metrics import Metrics
+from jaxslm.serve.prepare import Preparer
 from jaxslm.serve.run import Server
+from jaxslm.serve.schemas import ScoreRequest
 from jaxslm.serve.settings import Keys, ServeSettings
+from tests.compress.tiny_compressor import compressor_checkpoint
 from tests.serve.tiny_server import ADMIN, BUCKETS, metric, ok, post, refused
 
 TOLERANCE = 1e-6
@@ -163,6 +168,15 @@ def test_misses_are_never_silently_scored(server: Server, ranker: Ranker, stored
     assert [score is None for score in answer["scores"]] == [False, True, False]
     assert answer["logits"][1] is None
     assert refused(post(server, "/v1/score", {"query": "x", "item_ids": ["no"], "on_miss": "text"}), 404)
+
+
+def test_text_beside_vectors_is_never_the_text_of_a_miss(tmp_path: Path) -> None:
+    path = compressor_checkpoint(tmp_path / "ckpt", text_fields=("title",), max_text_tokens=4)
+    preparer = Preparer(load(path), Metrics(), 10)
+    body = {"query": "python", "item_ids": ["item-1"], "items": ["a nurse"], "on_miss": "text"}
+    with pytest.raises(ApiError, match=r"on_miss: must be .* read beside its vectors") as caught:
+        preparer.score(ScoreRequest.model_validate(body))
+    assert (caught.value.status, caught.value.param) == (400, "on_miss")
 
 
 def test_stale_and_corrupt_records_are_named(server: Server, stored: dict[str, np.ndarray]) -> None:

@@ -123,6 +123,12 @@ def test_an_evaluation_that_fails_loses_no_update(toy: Path, tmp_path: Path, mon
     assert evaluations_of(tmp_path / "whole") == evaluations_of(tmp_path / "parts")
 
 
+def test_a_prompts_rows_are_no_longer_than_the_model_was_trained_for(toy: Path) -> None:
+    settings = toy_ranker(toy, 'prompt={template="yes-no", max_tokens=5000}')
+    with pytest.raises(InputError, match=r"settings: .*max_tokens 5000: the model was trained for rows of at most"):
+        load_start(settings, step.make_mesh(jax.devices()[:1]))
+
+
 def assert_padding_and_speed_are_told(settings: RankerTraining, out: Path) -> None:
     start = load_start(settings, step.make_mesh(jax.devices()[:1]))
     batches = ranker_batches(settings.data, start.prompt)
