@@ -252,7 +252,8 @@ def test_options_of_pruning_that_change_nothing_are_refused(
 
 
 WAITING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from pathlib import Path
 from jaxslm import cli
 from jaxslm.atomic import new_file

@@ -50,8 +50,9 @@ def log_normalisers(hidden_BD: Float[Array, "B D"], params: Params) -> Float[Arr
 
     Cost: 2 D V FLOP per row; logits of a few hundred rows exist at a time.
     """
-    return jnp.asarray(
-        jax.lax.map(
-            lambda hidden_D: jax.nn.logsumexp(vocab_logits(hidden_D, params)), hidden_BD, batch_size=_ROWS_AT_ONCE
-        )
-    )
+
+    def normaliser(hidden_D: Float[Array, " D"]) -> Float[Array, ""]:
+        with jax.default_matmul_precision("highest"):  # as the logits that it is taken from
+            return jax.nn.logsumexp(vocab_logits(hidden_D, params))
+
+    return jnp.asarray(jax.lax.map(normaliser, hidden_BD, batch_size=_ROWS_AT_ONCE))
